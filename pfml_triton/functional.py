@@ -1,0 +1,338 @@
+"""`potential_energy` and `class_potential`: validation, choice of the backend, autograd.
+
+Both ask a backend for the same two things: the active energy of some points in the field of others
+and its gradient. The energy is a sum, so the gradient is computed along with it in forward, and
+backward is one multiplication. The constants of the saturated pairs are added here, from pair
+counts, in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import torch_backend
+from .potential import Potential
+
+try:
+    from .kernels import launch as _triton_backend
+except ImportError:  # Triton has no wheel for this platform: the torch backend serves
+    _triton_backend = None  # type: ignore[assignment]
+
+BACKENDS = ("auto", "triton", "torch")
+REDUCTIONS = ("sum", "mean")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_INTEGERS = tuple(
+    getattr(torch, f"{sign}int{bits}") for bits in (8, 16, 32, 64) for sign in ("", "u")
+)
+
+FieldTerms = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+def potential_energy(
+    points: Tensor,
+    labels: Tensor,
+    potential: Potential | None = None,
+    *,
+    sources: Tensor | None = None,
+    source_labels: Tensor | None = None,
+    reduction: str = "sum",
+    backend: str = "auto",
+    validate: bool = False,
+) -> Tensor:
+    """Potential energy of points in the field of each other (Eq. 6 of the PFML paper).
+
+    U = sum_i sum_{j != i} psi(||x_i - x_j||), where psi attracts points of one class and repels
+    points of different classes (`Potential`): every unordered pair counts twice, as in the paper,
+    and a point's constant potential on itself is left out. With `sources`, the potential of the
+    points in their field, sum_i sum_s psi(||x_i - s||), is added; the sources do not act on each
+    other, and receive a force only if they require a gradient.
+
+    Args:
+        points: [N, D], float32, bfloat16 or float16 (torch backend also float64), N >= 0, D >= 1,
+            any strides. Used as they are: normalise them yourself, or use `PFMLLoss`.
+        labels: [N], any integer dtype, any values, any order.
+        potential: alpha, radii and softening length; None means `Potential()`.
+        sources: [S, D], the dtype and device of `points`, or None.
+        source_labels: [S], integers, required with `sources`.
+        reduction: "sum" (Eq. 6), or "mean" over the ordered pairs (0 where there is none).
+        backend: "auto" (Triton on a GPU, else torch), "triton" or "torch".
+        validate: also check that every value is finite. Waits for the device.
+
+    Returns:
+        Scalar, float32 (float64 for float64 points), differentiable once in `points` and `sources`.
+        Points that coincide exert no force on each other (see `Potential.min_distance`). NaN or
+        infinite points make it NaN.
+
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape, device, option or (with `validate`) value; a backend that cannot
+            serve here; a potential whose largest force overflows float32.
+    """
+    potential = _check_potential(potential)
+    _check_cloud(points, labels, "points", "labels", "N")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    if (sources is None) != (source_labels is None):
+        missing = "source_labels" if source_labels is None else "sources"
+        raise ValueError(f"sources and source_labels go together, but {missing} is None")
+    if sources is not None and source_labels is not None:
+        _check_cloud(sources, source_labels, "sources", "source_labels", "S")
+        _check_match(sources, "sources", points, "points")
+    if validate:
+        _check_finite(points, "points")
+        if sources is not None:
+            _check_finite(sources, "sources")
+    field_terms = _choose_backend(backend, points, potential)
+    value: Tensor = _PotentialEnergy.apply(
+        points, labels, sources, source_labels, potential, reduction, field_terms
+    )
+    return value
+
+
+def class_potential(
+    queries: Tensor,
+    points: Tensor,
+    labels: Tensor,
+    class_index: int,
+    potential: Potential | None = None,
+    *,
+    backend: str = "auto",
+    validate: bool = False,
+) -> Tensor:
+    """The field Psi_j of a class at free positions (Eq. 3-4 of the PFML paper).
+
+    Psi_j(r) = sum of psi_att over the points of class j + sum of psi_rep over all others: what a
+    member of class j would feel at r. A query that coincides with a point feels it, at d = 0.
+
+    Args:
+        queries: [Q, D] positions r, floating point as in `potential_energy`, Q >= 0.
+        points: [N, D], the dtype and device of `queries`: what induces the field. No gradient
+            flows to them.
+        labels: [N], any integer dtype.
+        class_index: the class j; any integer, with or without points.
+        potential, backend, validate: as in `potential_energy`.
+
+    Returns:
+        [Q] float32 (float64 for float64 queries), differentiable once in `queries`.
+
+    Raises:
+        TypeError, ValueError: as `potential_energy`; also ValueError for points that require a
+            gradient while gradients are recorded: pass `points.detach()`.
+    """
+    potential = _check_potential(potential)
+    _check_cloud(points, labels, "points", "labels", "N")
+    _check_points(queries, "queries", "Q")
+    _check_match(queries, "queries", points, "points")
+    if isinstance(class_index, bool) or not isinstance(class_index, int):
+        raise TypeError(f"class_index must be an int, got {class_index!r}")
+    if points.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "class_potential is differentiable in queries only, got points that require a "
+            "gradient: pass points.detach(), or call it under torch.no_grad()"
+        )
+    if validate:
+        _check_finite(queries, "queries")
+        _check_finite(points, "points")
+    field_terms = _choose_backend(backend, queries, potential)
+    value: Tensor = _ClassPotential.apply(
+        queries, points, labels, class_index, potential, field_terms
+    )
+    return value
+
+
+class _PotentialEnergy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        points: Tensor,
+        labels: Tensor,
+        sources: Tensor | None,
+        source_labels: Tensor | None,
+        potential: Potential,
+        reduction: str,
+        field_terms: FieldTerms,
+    ) -> Tensor:
+        needs_points, needs_sources = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+        labels = labels.to(torch.int64)
+        n = len(points)
+        energy, grad = field_terms(
+            points, labels, points, labels, potential,
+            exclude_self=True, needs_grad=needs_points,
+        )  # fmt: skip
+        if grad is not None:
+            grad = grad.mul_(2)  # the field is mutual: x_i stands in row i and in column i of U
+        own_class = _pairs_of_one_class(labels, labels) - n
+        total = energy.sum() + _saturated_energy(potential, own_class, n * (n - 1))
+        total = total + _nan_unless_finite(points)
+        pairs, source_grad = n * (n - 1), None
+        if sources is not None and source_labels is not None:
+            source_labels = source_labels.to(torch.int64)
+            energy, grad_from_sources = field_terms(
+                points, labels, sources, source_labels, potential,
+                exclude_self=False, needs_grad=needs_points,
+            )  # fmt: skip
+            if grad is not None and grad_from_sources is not None:
+                grad += grad_from_sources
+            if needs_sources:
+                _, source_grad = field_terms(
+                    sources, source_labels, points, labels, potential,
+                    exclude_self=False, needs_grad=True,
+                )  # fmt: skip
+            own_class = _pairs_of_one_class(labels, source_labels)
+            total = total + energy.sum()
+            total = total + _saturated_energy(potential, own_class, n * len(sources))
+            total = total + _nan_unless_finite(sources)
+            pairs += n * len(sources)
+        scale = 1.0 / max(pairs, 1) if reduction == "mean" else 1.0
+        ctx.save_for_backward(grad, source_grad)
+        ctx.scale, ctx.dtype = scale, points.dtype
+        return (total * scale).to(torch.promote_types(points.dtype, torch.float32))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        grad, source_grad = ctx.saved_tensors
+        factor = grad_output * ctx.scale
+        first, third = (
+            None if g is None else (g * factor).to(ctx.dtype) for g in (grad, source_grad)
+        )
+        return first, None, third, None, None, None, None
+
+
+class _ClassPotential(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        queries: Tensor,
+        points: Tensor,
+        labels: Tensor,
+        class_index: int,
+        potential: Potential,
+        field_terms: FieldTerms,
+    ) -> Tensor:
+        labels = labels.to(torch.int64)
+        energy, grad = field_terms(
+            queries, labels.new_full((len(queries),), class_index), points, labels, potential,
+            exclude_self=False, needs_grad=ctx.needs_input_grad[0],
+        )  # fmt: skip
+        own_class = (labels == class_index).sum()
+        psi = energy.double() + _saturated_energy(potential, own_class, len(points))
+        psi = psi + _nan_unless_finite(queries, 1) + _nan_unless_finite(points)
+        ctx.save_for_backward(grad)
+        ctx.dtype = queries.dtype
+        return psi.to(torch.promote_types(queries.dtype, torch.float32))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = ctx.saved_tensors
+        first = None if grad is None else (grad * grad_output[:, None]).to(ctx.dtype)
+        return first, None, None, None, None, None
+
+
+def _pairs_of_one_class(labels: Tensor, other: Tensor) -> Tensor:
+    """How many pairs (i, j) have labels[i] == other[j]: int64 scalar, without leaving the device."""
+    other = other.sort().values
+    upper = torch.searchsorted(other, labels, right=True)
+    return (upper - torch.searchsorted(other, labels)).sum()
+
+
+def _saturated_energy(potential: Potential, own_class: Tensor, pairs: int) -> Tensor:
+    """Energy of `pairs` pairs if none exerted force, `own_class` of them of one class: float64."""
+    own = own_class.double()
+    return own * potential.attraction_constant + (pairs - own) * potential.repulsion_constant
+
+
+def _nan_unless_finite(points: Tensor, dim: int | None = None) -> Tensor:
+    """0, or NaN where `points` are not finite: a NaN point is near to nothing and exerts no force,
+    so that without this it would vanish from the energy instead of showing."""
+    zero = points.detach() * 0
+    return zero.sum() if dim is None else zero.sum(dim)
+
+
+def _choose_backend(backend: str, points: Tensor, potential: Potential) -> FieldTerms:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    if points.dtype != torch.float64 and potential.max_stiffness > 1e37:
+        raise ValueError(
+            "the force of this potential overflows float32: alpha * min_distance^-(alpha + 2) must "
+            f"be <= 1e37, got {potential.max_stiffness:.3g} for alpha = {potential.alpha}, "
+            f"min_distance = {potential.min_distance}; raise min_distance or use float64"
+        )
+    if backend == "torch":
+        return torch_backend.field_terms
+    obstacle = (
+        f"Triton cannot be imported here ({torch.__version__=})"
+        if _triton_backend is None
+        else _triton_backend.obstacle(points)
+    )
+    if obstacle is None and (backend == "triton" or points.is_cuda):
+        return _triton_backend.field_terms
+    if backend == "triton":
+        raise ValueError(f'backend="triton" cannot serve: {obstacle}; use backend="torch"')
+    return torch_backend.field_terms
+
+
+def _check_potential(potential: Potential | None) -> Potential:
+    if potential is None:
+        return Potential()
+    if not isinstance(potential, Potential):
+        raise TypeError(f"potential must be a Potential, got {type(potential).__name__}")
+    return potential
+
+
+def _check_points(points: Tensor, name: str, size: str) -> None:
+    if not isinstance(points, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(points).__name__}")
+    if points.dtype not in _DTYPES:
+        expected = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES)
+        raise TypeError(f"{name} must have dtype {expected}, got {points.dtype}")
+    if points.dim() != 2 or points.shape[1] < 1:
+        raise ValueError(f"{name} must be [{size}, D] with D >= 1, got {list(points.shape)}")
+
+
+def _check_labels(labels: Tensor, name: str) -> None:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(labels).__name__}")
+    if labels.dtype not in _INTEGERS:
+        raise TypeError(f"{name} must have an integer dtype, got {labels.dtype}")
+
+
+def _check_cloud(points: Tensor, labels: Tensor, name: str, labels_name: str, size: str) -> None:
+    _check_points(points, name, size)
+    _check_labels(labels, labels_name)
+    if labels.dim() != 1 or len(labels) != len(points):
+        raise ValueError(
+            f"{labels_name} must be [{size}] with {size} = {len(points)}, one for each row of "
+            f"{name} {list(points.shape)}, got {list(labels.shape)}"
+        )
+    if labels.device != points.device:
+        raise ValueError(
+            f"{labels_name} must be on the device of {name}, {points.device}, got {labels.device}"
+        )
+
+
+def _check_match(a: Tensor, name: str, b: Tensor, b_name: str) -> None:
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(
+            f"{name} and {b_name} must have one depth D, got {list(a.shape)} and {list(b.shape)}"
+        )
+    if a.dtype != b.dtype:
+        raise TypeError(f"{name} must have the dtype of {b_name}, {b.dtype}, got {a.dtype}")
+    if a.device != b.device:
+        raise ValueError(f"{name} must be on the device of {b_name}, {b.device}, got {a.device}")
+
+
+def _check_finite(points: Tensor, name: str) -> None:
+    finite = torch.isfinite(points).all(1)
+    if not finite.all():
+        bad = (~finite).nonzero().flatten()
+        raise ValueError(
+            f"{name} must be finite, got NaN or Inf in {len(bad)} of {len(points)} rows, the first "
+            f"being row {int(bad[0])}"
+        )

@@ -1,0 +1,190 @@
+"""`PFMLLoss`: the loss with its learned proxies, as a module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .functional import BACKENDS, REDUCTIONS, _check_cloud, _check_finite, potential_energy
+from .potential import Potential
+
+
+class PFMLLoss(nn.Module):
+    """Potential Field Metric Learning (Bhatnagar and Ahuja, CVPR 2025), Eq. 6.
+
+    The batch and M learned proxies of every class are points of one field: points of one class
+    attract each other outside the radius `delta`, points of different classes repel each other
+    inside `delta_rep`, and both forces decay with the distance. The loss is the energy of all of
+    them, sample-sample, sample-proxy and proxy-proxy: there are no tuples to mine.
+
+    Args:
+        num_classes: C >= 1; labels are in [0, C).
+        embedding_size: D >= 1.
+        proxies_per_class: M >= 0 (the paper: 15 on CUB and Cars, 2 on SOP); 0 is sample-sample only.
+        alpha, delta, delta_rep, min_distance: see `Potential`.
+        normalize: scale embeddings and proxies to unit length, as the paper does. Off, the radii
+            are in the units of the embeddings, and all are used as they are.
+        reduction: "sum" (Eq. 6), the published choice: with weight decay in Adam (not AdamW) a mean
+            drowns in the decay. "mean" is over the ordered pairs of points.
+        backend: "auto" (Triton on a GPU, else torch), "triton" or "torch".
+        validate: check labels and values on every call, on any device; on a GPU this waits for it.
+
+    Attributes:
+        proxies: nn.Parameter [C, M, D] float32, drawn from a normal distribution scaled to about
+            unit length. They want a learning rate of their own, see `param_groups`.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or out of its range.
+    """
+
+    proxies: nn.Parameter
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        proxies_per_class: int = 15,
+        *,
+        alpha: float = 3.0,
+        delta: float = 0.2,
+        delta_rep: float | None = None,
+        min_distance: float = 0.01,
+        normalize: bool = True,
+        reduction: str = "sum",
+        backend: str = "auto",
+        validate: bool = False,
+    ) -> None:
+        super().__init__()
+        sizes = {"num_classes": 1, "embedding_size": 1, "proxies_per_class": 0}
+        for (name, least), value in zip(
+            sizes.items(), (num_classes, embedding_size, proxies_per_class), strict=True
+        ):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int, got {value!r}")
+            if value < least:
+                raise ValueError(f"{name} must be >= {least}, got {value}")
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+        self.num_classes = num_classes
+        self.embedding_size = embedding_size
+        self.proxies_per_class = proxies_per_class
+        self.potential = Potential(alpha, delta, delta_rep, min_distance)
+        self.normalize = normalize
+        self.reduction = reduction
+        self.backend = backend
+        self.validate = validate
+        self.proxies = nn.Parameter(torch.empty(num_classes, proxies_per_class, embedding_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the proxies anew: N(0, 1/D) entries, directions uniform on the sphere."""
+        nn.init.normal_(self.proxies, std=self.embedding_size**-0.5)
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        indices_tuple: None = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> Tensor:
+        """The energy of a batch and the proxies.
+
+        Args:
+            embeddings: [B, D] floating point, B >= 0 (0: the proxies' own energy).
+            labels: [B] integers in [0, C). Values are checked on the CPU, elsewhere only with
+                `validate`, since looking at them waits for the device; a label out of range is a
+                class without proxies there.
+            indices_tuple: must be None: the field takes every pair, there is nothing to mine.
+            ref_emb, ref_labels: [R, D] and [R], a memory bank that adds its field to all points.
+                It receives a force only if it requires a gradient.
+
+        Returns:
+            Scalar: float32, or float64 for float64 embeddings. Half-precision embeddings are
+            evaluated in float32 beside the float32 proxies.
+
+        Raises:
+            TypeError, ValueError: wrong types, shapes, devices or values, naming what came.
+        """
+        if indices_tuple is not None:
+            raise ValueError(
+                "indices_tuple must be None: PFML takes every pair, so there are no tuples to "
+                f"mine, got {type(indices_tuple).__name__}"
+            )
+        _check_cloud(embeddings, labels, "embeddings", "labels", "B")
+        if embeddings.shape[1] != self.embedding_size:
+            raise ValueError(
+                f"embeddings must be [B, {self.embedding_size}], got {list(embeddings.shape)}"
+            )
+        if embeddings.device != self.proxies.device:
+            raise ValueError(
+                f"embeddings must be on the device of the proxies, {self.proxies.device}, "
+                f"got {embeddings.device}: move the loss with .to({str(embeddings.device)!r})"
+            )
+        if self.validate or labels.device.type == "cpu":
+            self._check_label_range(labels, "labels")
+        if self.validate:
+            _check_finite(embeddings, "embeddings")
+            _check_finite(self.proxies.flatten(0, 1), "proxies")
+        if (ref_emb is None) != (ref_labels is None):
+            raise ValueError("ref_emb and ref_labels go together, but only one of them was given")
+        sources = None
+        if ref_emb is not None and ref_labels is not None:
+            _check_cloud(ref_emb, ref_labels, "ref_emb", "ref_labels", "R")
+            if self.validate:
+                _check_finite(ref_emb, "ref_emb")
+        dtype = torch.promote_types(embeddings.dtype, torch.float32)
+        # The field is computed in float32 whatever the ambient autocast dtype is.
+        with torch.autocast(embeddings.device.type, enabled=False):
+            proxies = self.proxies.flatten(0, 1).to(dtype)
+            points = self._place(torch.cat([embeddings.to(dtype), proxies]))
+            if ref_emb is not None:
+                sources = self._place(ref_emb.to(dtype))
+            classes = torch.arange(self.num_classes, device=labels.device)
+            proxy_labels = classes.repeat_interleave(self.proxies_per_class)
+            return potential_energy(
+                points,
+                torch.cat([labels.to(torch.int64), proxy_labels]),
+                self.potential,
+                sources=sources,
+                source_labels=ref_labels,
+                reduction=self.reduction,
+                backend=self.backend,
+            )
+
+    def _place(self, points: Tensor) -> Tensor:
+        return nn.functional.normalize(points, dim=1) if self.normalize else points
+
+    def _check_label_range(self, labels: Tensor, name: str) -> None:
+        wide = labels.to(torch.int64)
+        if len(wide) and not ((wide >= 0) & (wide < self.num_classes)).all():
+            raise ValueError(
+                f"{name} must be in [0, {self.num_classes}), "
+                f"got values in [{int(wide.min())}, {int(wide.max())}]"
+            )
+
+    def param_groups(
+        self, lr: float, proxy_lr_mult: float = 100.0, weight_decay: float = 0.0
+    ) -> list[dict[str, Any]]:
+        """Optimiser groups for the proxies, beside those of the network.
+
+        Args:
+            lr: the network's learning rate; the proxies get `lr * proxy_lr_mult` (the paper: 1e-4
+                and 0.01).
+            proxy_lr_mult: that factor.
+            weight_decay: of the proxies.
+        """
+        return [{"params": [self.proxies], "lr": lr * proxy_lr_mult, "weight_decay": weight_decay}]
+
+    def extra_repr(self) -> str:
+        p = self.potential
+        return (
+            f"num_classes={self.num_classes}, embedding_size={self.embedding_size}, "
+            f"proxies_per_class={self.proxies_per_class}, alpha={p.alpha:g}, delta={p.delta:g}, "
+            f"delta_rep={p.repulsion_radius:g}, min_distance={p.min_distance:g}, "
+            f"normalize={self.normalize}, reduction={self.reduction!r}, backend={self.backend!r}"
+        )

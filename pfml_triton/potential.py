@@ -1,0 +1,132 @@
+"""The decaying pair potential of PFML and its derivatives, in closed form.
+
+Bhatnagar and Ahuja, "Potential Field Based Deep Metric Learning", CVPR 2025, Eq. 1-2.
+
+Written with one decreasing function of the distance, phi(d) = d^-alpha (alpha = 0: phi(d) = -log d,
+the limit of (d^-alpha - 1) / alpha), the two potentials are
+
+    psi_att(d) = -phi(max(d, delta))          a class attracts, but not inside its radius
+    psi_rep(d) =  phi(min(d, delta_rep))      classes repel, but not beyond the radius
+
+Both are constant where they exert no force. Those saturated pairs are nearly all of the energy and
+none of the gradient, so everything here works on the *active* energy, the part above saturation:
+
+    same class,       d >= delta     :  phi(delta) - phi(d)        >= 0
+    different class,  d <  delta_rep :  phi(d)     - phi(delta_rep) > 0
+
+and the constants are added from exact pair counts. With the stiffness k(d) = -phi'(d) / d, which is
+alpha d^-(alpha + 2) (alpha = 0: d^-2), the derivative of the pair energy in the position of a is
+k (x_a - x_b) for an active pair of one class and -k (x_a - x_b) for one of two classes.
+
+Our one addition to Eq. 2: a softened core. Repulsion is singular at d = 0, which duplicate images
+with conflicting labels do reach. Below `min_distance` m it continues as the parabola in d that
+matches it in value and slope at m, so that k(d) = k(m) there: finite force, and none at d = 0.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from numbers import Real
+
+import torch
+
+
+@dataclass(frozen=True)
+class Potential:
+    """Shape of the attraction and repulsion between two points (Eq. 1-2 of the PFML paper).
+
+    Args:
+        alpha: decay exponent, a real number >= 0. The force of attraction falls off as
+            d^-(alpha + 1). 0 is the logarithmic potential. The paper's best is 3.
+        delta: radius inside which a class exerts no attraction, > 0, in units of the distance.
+        delta_rep: radius beyond which classes do not repel, >= delta; None means `delta`.
+        min_distance: softening length m, 0 < m < delta: below it the repulsion is a parabola, so
+            that the force is at most alpha m^-(alpha + 1) a pair and vanishes for coinciding points.
+
+    Raises:
+        TypeError: a value that is not a real number.
+        ValueError: a value outside its range.
+    """
+
+    alpha: float = 3.0
+    delta: float = 0.2
+    delta_rep: float | None = None
+    min_distance: float = 0.01
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "delta", "delta_rep", "min_distance"):
+            value = getattr(self, name)
+            if value is None and name == "delta_rep":
+                value = self.delta
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise TypeError(f"{name} must be a real number, got {value!r}")
+            if not math.isfinite(value):
+                raise ValueError(f"{name} must be finite, got {value!r}")
+            object.__setattr__(self, name, float(value))
+        if self.alpha < 0:
+            raise ValueError(f"alpha must be >= 0, got {self.alpha}")
+        if self.delta <= 0:
+            raise ValueError(f"delta must be > 0, got {self.delta}")
+        if self.repulsion_radius < self.delta:
+            raise ValueError(f"delta_rep must be >= delta = {self.delta}, got {self.delta_rep}")
+        if not 0 < self.min_distance < self.delta:
+            raise ValueError(
+                f"min_distance must be in (0, delta) = (0, {self.delta}), got {self.min_distance}"
+            )
+
+    @property
+    def repulsion_radius(self) -> float:
+        """delta_rep, never None once constructed."""
+        assert self.delta_rep is not None
+        return self.delta_rep
+
+    @property
+    def attraction_constant(self) -> float:
+        """psi_att of a saturated pair of one class (d < delta)."""
+        return -self._phi(self.delta)
+
+    @property
+    def repulsion_constant(self) -> float:
+        """psi_rep of a saturated pair of two classes (d >= delta_rep)."""
+        return self._phi(self.repulsion_radius)
+
+    @property
+    def max_stiffness(self) -> float:
+        """The largest k(d) that any pair reaches; inf where it overflows."""
+        try:
+            return max(self.alpha, 1.0) * self.min_distance ** -(self.alpha + 2)
+        except OverflowError:
+            return math.inf
+
+    def _phi(self, d: float) -> float:
+        return d**-self.alpha if self.alpha > 0 else -math.log(d)
+
+    def phi(self, d2: torch.Tensor) -> torch.Tensor:
+        """phi at squared distances `d2` > 0, any shape."""
+        return d2.pow(-0.5 * self.alpha) if self.alpha > 0 else -0.5 * d2.log()
+
+    def stiffness(self, d2: torch.Tensor) -> torch.Tensor:
+        """k = -phi'(d) / d at squared distances `d2` > 0, any shape."""
+        return d2.pow(-0.5 * self.alpha - 1) * (self.alpha if self.alpha > 0 else 1.0)
+
+    def pair_terms(self, d2: torch.Tensor, same: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Active energy and signed stiffness of pairs.
+
+        Args:
+            d2: squared distances >= 0, floating point, any shape.
+            same: bool, the shape of `d2`: do the two points share their class?
+
+        Returns:
+            Energy above saturation and w, both of the shape of `d2` and 0 for pairs without force.
+            The derivative of a pair's energy in x_a is w (x_a - x_b).
+        """
+        att2, rep2, core2 = self.delta**2, self.repulsion_radius**2, self.min_distance**2
+        active = torch.where(same, d2 >= att2, d2 < rep2)
+        clipped = d2.clamp_min(core2)
+        phi, k = self.phi(clipped), self.stiffness(clipped)
+        core = 0.5 * k * (clipped - d2)
+        energy = torch.where(
+            same, -self.attraction_constant - phi, phi - self.repulsion_constant + core
+        )
+        return energy * active, torch.where(same, k, -k) * active

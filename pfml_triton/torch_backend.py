@@ -1,0 +1,160 @@
+"""The field terms in plain torch: for the CPU, and for every device without our kernels.
+
+The same two steps as the kernels. *Nominate*: a matrix product gives -d^2/2 of every pair of a
+row block, and a threshold that allows for its rounding keeps the pairs that may exert force.
+*Evaluate*: the kept pairs, few in a trained embedding, are computed from the differences of their
+points, which is exact however near they are. A block in which many pairs act is done as a dense
+tile in float64 instead, where |x|^2 + |y|^2 - 2 x.y loses nothing that float32 could hold.
+
+Never N x N: a row block times all columns is at most `_BLOCK_PAIRS` entries.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .potential import Potential
+
+_BLOCK_PAIRS = 1 << 22  # entries of one nominating product: 16 MiB in float32
+_GATHER_ENTRIES = 1 << 21  # entries of one gather of pair differences
+_TILE = 1024  # columns of one dense float64 tile
+_DENSE_SHARE = 1 / 64  # of a block's pairs: from here on the dense tile is the faster one
+
+
+def field_terms(
+    x: Tensor,
+    x_labels: Tensor,
+    y: Tensor,
+    y_labels: Tensor,
+    potential: Potential,
+    *,
+    exclude_self: bool,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Active energy of the points `x` in the field of `y`, and its gradient in `x`.
+
+    Args:
+        x, y: points [N, D] and [M, D], one floating-point dtype and device.
+        x_labels, y_labels: classes [N] and [M], int64.
+        exclude_self: `x` is `y`, and pairs (i, i) do not count.
+        needs_grad: whether the gradient is wanted.
+
+    Returns:
+        Energy above saturation of each point of `x`, [N] float64, and d energy_i / d x_i, [N, D]
+        float32 (float64 for float64 input) or None.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    y_labels, order = torch.sort(y_labels, stable=True)
+    y = y.to(dtype)[order]
+    x = x.to(dtype)
+    n, depth = x.shape
+    energy = x.new_zeros(n, dtype=torch.float64)
+    grad = torch.zeros_like(x) if needs_grad else None
+    if n == 0 or len(y) == 0:
+        return energy, grad
+
+    # [x, 1, -|x|^2/2] . [y, -|y|^2/2, 1] = -d^2/2. A sum of depth + 2 products in any order is off
+    # by at most (depth + 2) u (|x| |y| + (|x|^2 + |y|^2)/2) <= (depth + 2) u (|x|^2 + |y|^2), and
+    # the norms' own rounding adds as much again: twice that on d^2, with something to spare.
+    half_x, half_y = x.square().sum(1).mul_(0.5), y.square().sum(1).mul_(0.5)
+    ones_x, ones_y = torch.ones_like(half_x), torch.ones_like(half_y)
+    lifted_y = torch.cat([y, -half_y[:, None], ones_y[:, None]], 1)
+    slack = 4 * (depth + 8) * torch.finfo(dtype).eps
+    radius2 = potential.repulsion_radius**2
+    near = -0.5 * radius2 - slack * (half_x + half_y.max())
+
+    first = torch.searchsorted(y_labels, x_labels)
+    last = torch.searchsorted(y_labels, x_labels, right=True)
+    itself = torch.empty_like(order)
+    itself[order] = torch.arange(len(order), device=order.device)
+
+    step = max(1, _BLOCK_PAIRS // len(y))
+    for start in range(0, n, step):
+        rows = slice(start, min(start + step, n))
+        block_x = x[rows]
+        lifted_x = torch.cat([block_x, ones_x[rows, None], -half_x[rows, None]], 1)
+        near_mask = (lifted_x @ lifted_y.T) > near[rows, None]
+        # Attraction is long-ranged: its pairs are the runs of equal labels, whatever the distance.
+        run = last[rows] - first[rows]
+        pairs = int(near_mask.sum()) + int(run.sum())
+        own = itself[rows] if exclude_self else None
+        if pairs > _DENSE_SHARE * near_mask.numel():
+            del near_mask
+            terms = _dense_block(block_x, x_labels[rows], y, y_labels, potential, own, needs_grad)
+        else:
+            i, j = near_mask.nonzero(as_tuple=True)
+            other = x_labels[rows][i] != y_labels[j]
+            same_i = torch.repeat_interleave(torch.arange(len(run), device=run.device), run)
+            offset = torch.arange(len(same_i), device=run.device)
+            offset -= torch.repeat_interleave(run.cumsum(0) - run, run)
+            same_j = first[rows][same_i] + offset
+            if own is not None:
+                keep = same_j != own[same_i]
+                same_i, same_j = same_i[keep], same_j[keep]
+            i = torch.cat([i[other], same_i])
+            j = torch.cat([j[other], same_j])
+            same = torch.arange(len(i), device=i.device) >= len(i) - len(same_i)
+            terms = _gathered_pairs(block_x, y, i, j, same, potential, needs_grad)
+        energy[rows] = terms[0]
+        if grad is not None and terms[1] is not None:
+            grad[rows] = terms[1]
+    return energy, grad
+
+
+def _gathered_pairs(
+    x: Tensor,
+    y: Tensor,
+    i: Tensor,
+    j: Tensor,
+    same: Tensor,
+    potential: Potential,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Energy [R] and gradient [R, D] of rows `x` from the listed pairs (i, j), by differences."""
+    energy = x.new_zeros(len(x), dtype=torch.float64)
+    grad = torch.zeros_like(x) if needs_grad else None
+    step = max(1, _GATHER_ENTRIES // max(x.shape[1], 1))
+    for start in range(0, len(i), step):
+        part = slice(start, start + step)
+        rows = i[part]
+        difference = x[rows] - y[j[part]]
+        e, w = potential.pair_terms(difference.square().sum(1), same[part])
+        energy.index_add_(0, rows, e.double())
+        if grad is not None:
+            grad.index_add_(0, rows, difference.mul_(w[:, None]))
+    return energy, grad
+
+
+def _dense_block(
+    x: Tensor,
+    x_labels: Tensor,
+    y: Tensor,
+    y_labels: Tensor,
+    potential: Potential,
+    own: Tensor | None,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Energy [R] and gradient [R, D] of rows `x` in the field of all of `y`, in float64 tiles.
+
+    `own` [R] holds the column of each row's own point, or None.
+    """
+    x = x.double()
+    norm_x = x.square().sum(1)
+    energy = torch.zeros_like(norm_x)
+    grad = torch.zeros_like(x) if needs_grad else None
+    for start in range(0, len(y), _TILE):
+        tile = y[start : start + _TILE].double()
+        d2 = torch.addmm(tile.square().sum(1), x, tile.T, alpha=-2).add_(norm_x[:, None])
+        same = x_labels[:, None] == y_labels[None, start : start + _TILE]
+        e, w = potential.pair_terms(d2.clamp_min_(0), same)
+        if own is not None:
+            i = torch.arange(len(x), device=x.device)
+            inside = (own >= start) & (own < start + len(tile))
+            i, j = i[inside], own[inside] - start
+            e[i, j] = 0
+            w[i, j] = 0
+        energy += e.sum(1)
+        if grad is not None:
+            grad.addcmul_(w.sum(1, keepdim=True), x).addmm_(w, tile, alpha=-1)
+    return energy, grad

@@ -1,0 +1,76 @@
+"""Work for processes without the interpreter: compile launches, read them, execute them.
+
+Nothing here may import triton at the top: the processes first leave the interpreter.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import cache
+from typing import Any
+
+Shape = tuple[str, str, int]  # architecture, dtype, depth
+
+
+def leave_interpreter() -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
+
+
+def machine_code(shape: Shape, alpha: float = 3.0) -> dict[str, Any]:
+    """Compile every kernel that a loss of this shape launches: name -> bench.aot.MachineCode."""
+    import torch
+
+    from bench import aot
+    from pfml_triton import Potential
+    from pfml_triton.kernels import launch
+    from pfml_triton.kernels.config import tiles_for
+
+    arch, dtype, depth = shape
+    points = torch.empty(1000, depth, dtype=getattr(torch, dtype), device="meta")
+    labels = torch.empty(1000, dtype=torch.int64, device="meta")
+    tiles = tiles_for(depth, hip=arch.startswith("gfx"))
+    codes = {}
+    for exclude_self in (True, False):
+        for needs_grad in (True, False):
+            with aot.record() as launches:
+                launch.field_terms(
+                    points, labels, points, labels, Potential(alpha),
+                    exclude_self=exclude_self, needs_grad=needs_grad, tiles=tiles,
+                )  # fmt: skip
+            for made in launches:
+                name = made.kernel.__name__
+                if name == "_force_kernel":
+                    name += f"(self={exclude_self}, grad={needs_grad}, alpha={alpha:g})"
+                if name not in codes:
+                    codes[name] = aot.inspect(made.compile(arch))
+    return codes
+
+
+@cache
+def emulator() -> Any:
+    """The PTX emulator module named by PFML_PTX_EMULATOR."""
+    spec = importlib.util.spec_from_file_location("emulator", os.environ["PFML_PTX_EMULATOR"])
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def emulate(function: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """Call pfml_triton.kernels.launch.<function> with compiled sm_80 code executed on the CPU.
+
+    Races, out-of-bounds accesses and reads of shared memory that was never written are errors.
+    """
+    from bench import aot
+    from pfml_triton.kernels import launch
+
+    def execute(made: Any) -> None:
+        result = emulator().run(
+            made.compile("sm_80"), made.grid, made.runtime_args(), detect_races=True
+        )
+        assert not result.uninit_reads, result.uninit_reads
+
+    with aot.record(execute):
+        return getattr(launch, function)(*arguments, **options)

@@ -1,0 +1,101 @@
+"""Every kernel, for every chip, dtype and depth, compiled ahead of time; the binaries are read."""
+
+from __future__ import annotations
+
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+
+from tests.compiled import Shape, machine_code
+
+# The limits of DESIGN: bytes of shared memory a program may use.
+SHARED_LIMIT = {
+    "sm_80": 163 * 1024,
+    "sm_86": 99 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "sm_120": 99 * 1024,
+    "gfx90a": 64 * 1024,
+    "gfx942": 64 * 1024,
+}
+DTYPES = ("float32", "bfloat16", "float16")
+DEPTHS = (64, 128, 384, 512, 768, 1024)
+
+
+def check(compiler: ProcessPoolExecutor, shapes: list[Shape], alpha: float = 3.0) -> None:
+    faults = []
+    for shape, codes in zip(
+        shapes, compiler.map(machine_code, shapes, [alpha] * len(shapes)), strict=True
+    ):
+        assert len(codes) == 5, codes.keys()  # pack, and forces in four forms
+        for name, code in codes.items():
+            if code.spills_in_loops:
+                faults.append(f"{shape} {name} spills in a loop: {code.spills_in_loops[:3]}")
+            if code.stack_bytes > 16:
+                faults.append(f"{shape} {name} has {code.stack_bytes} bytes of stack")
+            if code.shared_bytes > SHARED_LIMIT[shape[0]]:
+                faults.append(f"{shape} {name} wants {code.shared_bytes} bytes of shared memory")
+            if name.startswith("_force") and code.tensor_core_instructions == 0:
+                faults.append(f"{shape} {name} has no tensor-core instruction")
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
+def test_sample(compiler: ProcessPoolExecutor, arch: str) -> None:
+    check(compiler, [(arch, "float32", 512), (arch, "bfloat16", 128)])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
+def test_all(compiler: ProcessPoolExecutor, arch: str, dtype: str) -> None:
+    check(compiler, [(arch, dtype, depth) for depth in DEPTHS])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("alpha", [0.0, 1.0, 2.5, 6.0])
+def test_other_exponents(compiler: ProcessPoolExecutor, alpha: float) -> None:
+    check(compiler, [(arch, "float32", 512) for arch in SHARED_LIMIT], alpha)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("depth", [1, 20, 640])
+def test_odd_depths(compiler: ProcessPoolExecutor, depth: int) -> None:
+    check(compiler, [(arch, "bfloat16", depth) for arch in SHARED_LIMIT])
+
+
+def test_384_costs_less_than_512(compiler: ProcessPoolExecutor) -> None:
+    """Work grows with the depth: three slices of 128 instead of four."""
+    (three,), (four,) = (
+        [c for n, c in machine.items() if n.startswith("_force_kernel(self=True, grad=True")]
+        for machine in compiler.map(
+            machine_code, [("sm_80", "bfloat16", 384), ("sm_80", "bfloat16", 512)]
+        )
+    )
+    assert three.instructions < four.instructions
+    assert three.registers < four.registers
+
+
+LISTING = """
+.L_x_0:
+/*0000*/ STL [R1], R2 ;
+.L_x_1:
+/*0010*/ LDL R2, [R1] ;
+/*0020*/ IADD3 R2, R2, 1 ;
+/*0030*/ @P0 BRA `(.L_x_1) ;
+/*0040*/ LDL R3, [R1] ;
+/*0050*/ BRA `(.L_x_2) ;
+.L_x_2:
+/*0060*/ EXIT ;
+"""
+
+
+def loops(listing: str) -> list[str]:
+    from bench.aot import spills_in_loops
+
+    return spills_in_loops(listing.splitlines())
+
+
+def test_only_spills_inside_loops_count(compiler: ProcessPoolExecutor) -> None:
+    assert compiler.submit(loops, LISTING).result() == ["/*0010*/ LDL R2, [R1] ;"]

@@ -1,0 +1,211 @@
+"""The kernels under Triton's interpreter, against the reference in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from pfml_triton import Potential, class_potential, potential_energy
+from pfml_triton.kernels import launch
+from pfml_triton.kernels.config import Tiles, tiles_for
+from reference import potential_field as reference
+from tests.clouds import KINDS, assert_near, cloud, eager, truth
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def energy_and_grad(points: Tensor, labels: Tensor, potential: Potential) -> tuple[Tensor, Tensor]:
+    points = points.detach().clone().requires_grad_()
+    energy = potential_energy(points, labels, potential, backend="triton")
+    (grad,) = torch.autograd.grad(energy, points, torch.tensor(0.25, dtype=energy.dtype))
+    return energy.detach(), grad
+
+
+def check(points: Tensor, labels: Tensor, potential: Potential) -> None:
+    energy, grad = energy_and_grad(points, labels, potential)
+    true_energy, true_grad = truth(points, labels, potential)
+    eager_energy, eager_grad = eager(points, labels, potential)
+    dtype = points.dtype
+    assert grad.dtype == dtype
+    assert energy.dtype == torch.promote_types(dtype, torch.float32)
+    # The energy is float32 at least; a float16 gradient overflows to infinity where it is > 65504.
+    fits = (0.25 * true_grad).abs() <= torch.finfo(dtype).max
+    assert_near(energy, true_energy, energy.dtype, what="energy")
+    if dtype == torch.float32:
+        eager_grad = None  # 2e-6 of the largest entry, whatever eager loses
+    assert_near(
+        torch.where(fits, grad, 0.0),
+        torch.where(fits, 0.25 * true_grad, 0.0),
+        dtype,
+        None if eager_grad is None else torch.where(fits, 0.25 * eager_grad, 0.0),
+        "gradient",
+    )
+    assert torch.isinf(grad[~fits]).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_clouds(kind: str, dtype: torch.dtype) -> None:
+    check(*cloud(kind, 40, 24, 4, dtype), Potential(3.0, 0.2, 0.25))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("n", "depth"), [(1, 4), (2, 1), (16, 16), (65, 3), (17, 100), (20, 130), (18, 260), (16, 520)]
+)
+def test_sizes(n: int, depth: int, dtype: torch.dtype) -> None:
+    check(*cloud("clusters", n, depth, 3, dtype), Potential(3.0, 0.2, 0.25))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, 2.0, 4.0, 6.0])
+def test_exponents(alpha: float, dtype: torch.dtype) -> None:
+    check(*cloud("collisions", 30, 10, 3, dtype), Potential(alpha, 0.2, 0.3, 0.02))
+
+
+@pytest.mark.parametrize(
+    ("n", "depth", "tiles"),
+    [
+        (50, 20, {"block_n": 16, "block_k": 16}),
+        (50, 40, {"block_m": 32, "block_n": 32, "block_k": 32}),
+        (20, 70, {"block_d": 16, "block_k": 16, "slices": 2}),
+    ],
+)
+def test_tile_shapes_agree_bit_for_bit(n: int, depth: int, tiles: dict[str, int]) -> None:
+    """Pairs are taken in the order of their columns, whatever the tiles: only the depth is summed
+    in another order, in float64 here."""
+    x, labels = cloud("clusters", n, depth, 3, torch.float64)
+    default = tiles_for(depth, hip=False)
+    results = []
+    for shape in (default, dataclasses.replace(default, **tiles)):
+        energy, grad = field(x, labels, shape)
+        results.append((energy, grad))
+    (energy, grad), (other_energy, other_grad) = results
+    assert torch.allclose(energy, other_energy, rtol=1e-13, atol=0)
+    assert torch.allclose(grad, other_grad, rtol=1e-12, atol=1e-9)
+
+
+def field(x: Tensor, labels: Tensor, tiles: Tiles | None = None) -> tuple[Tensor, Tensor]:
+    energy, grad = launch.field_terms(
+        x, labels, x, labels, Potential(), exclude_self=True, needs_grad=True, tiles=tiles
+    )
+    assert grad is not None
+    return energy, grad
+
+
+def test_energy_is_the_same_with_and_without_gradient() -> None:
+    x, labels = cloud("collisions", 70, 12, 3, torch.float32)
+    energy, _ = field(x, labels)
+    alone, nothing = launch.field_terms(
+        x, labels, x, labels, Potential(), exclude_self=True, needs_grad=False
+    )
+    assert nothing is None
+    assert torch.equal(energy, alone)
+
+
+def test_order_of_points_does_not_matter() -> None:
+    x, labels = cloud("clusters", 60, 12, 5, torch.float64)
+    energy, grad = field(x, labels)
+    shuffle = torch.randperm(60)
+    other_energy, other_grad = field(x[shuffle], labels[shuffle])
+    assert torch.allclose(energy[shuffle], other_energy, rtol=1e-12)
+    assert torch.allclose(grad[shuffle], other_grad, rtol=1e-12, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", ["transposed", "sliced", "expanded", "offset"])
+def test_strides(case: str) -> None:
+    x, labels = cloud("clusters", 24, 10, 3, torch.float32)
+    view = {
+        "transposed": lambda: x.T.contiguous().T,
+        "sliced": lambda: torch.stack([x, x + 1], 2).flatten(1)[:, ::2],
+        "expanded": lambda: x[:1].expand(24, 10),
+        "offset": lambda: torch.cat([torch.zeros(3), x.flatten()])[3:].view(24, 10),
+    }[case]()
+    before = view.clone()
+    energy, grad = field(view, labels)
+    expected_energy, expected_grad = field(before.contiguous(), labels)
+    assert torch.equal(energy, expected_energy)
+    assert torch.equal(grad, expected_grad)
+    assert torch.equal(view, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_pair_exactly_at_its_radius(dtype: torch.dtype) -> None:
+    """Distances that every dtype holds exactly: d = delta attracts, d = delta_rep does not repel."""
+    x = torch.tensor([[0.0, 0.0], [0.25, 0.0], [0.25, 0.5], [0.25, -0.5]], dtype=dtype)
+    labels = torch.tensor([0, 0, 1, 2])
+    p = Potential(2.0, 0.25, 0.5, 0.125)
+    energy, grad = energy_and_grad(x, labels, p)
+    true_energy, _ = truth(x, labels, p)
+    assert energy == true_energy
+    force = 2 * 2 * 0.25**-4 * 0.25  # 2 alpha d^-(alpha + 2) d, and 0.25 upstream
+    assert grad.tolist() == [[-0.25 * force, 0], [0.25 * force, 0], [0, 0], [0, 0]]
+
+
+def test_gradcheck() -> None:
+    """Finite differences of the kernels themselves, both clouds of two."""
+    x, labels = cloud("clusters", 5, 3, 2, torch.float64)
+    y, y_labels = cloud("collisions", 4, 3, 3, torch.float64, seed=1)
+    x.requires_grad_()
+    y.requires_grad_()
+    p = Potential(2.5, 0.2, 0.3, 0.05)
+
+    def energy(x: Tensor, y: Tensor) -> Tensor:
+        return potential_energy(
+            x, labels, p, sources=y, source_labels=y_labels, backend="triton"
+        )
+
+    assert torch.autograd.gradcheck(energy, (x, y), eps=1e-7, atol=1e-3, rtol=1e-4)
+    queries = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda q: class_potential(q, y.detach(), y_labels, 1, p, backend="triton"),
+        (queries,), eps=1e-7, atol=1e-3, rtol=1e-4,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_two_clouds(dtype: torch.dtype) -> None:
+    points, labels = cloud("clusters", 70, 6, 3, dtype)
+    queries = torch.cat([torch.randn(20, 6, dtype=torch.float64).to(dtype), points[:3]])
+    for class_index in (1, 99):
+        p = Potential()
+        ours = class_potential(queries, points, labels, class_index, p, backend="triton")
+        true = reference.class_potential(queries.double(), points.double(), labels, class_index, p)
+        assert_near(ours, true, ours.dtype, what="class potential")
+
+
+def test_padding_reads_nothing_uninitialised() -> None:
+    """Packed buffers come from torch.empty, which holds NaN in these tests."""
+    x, labels = cloud("clusters", 21, 5, 3, torch.float32)
+    packed = launch.pack(x, labels.int(), tiles_for(5, hip=False))
+    assert torch.equal(packed.points[:21, :5], x[packed.order])
+    assert not packed.points[21:].any()
+    assert not packed.points[:, 5:].any()
+    assert torch.isnan(packed.sq_norm[21:]).all()  # never nominated
+    assert torch.equal(packed.coarse, packed.coarse.bfloat16().float())
+    error = (packed.points.double() - packed.coarse.double()).norm(dim=1)
+    assert (packed.radius.double() >= error).all()
+    # The interpreter truncates to bfloat16; compiled code rounds, see test_emulated.
+    assert (packed.radius[:21] <= 2.0**-7 * packed.points[:21].norm(dim=1)).all()
+
+
+def test_nominated_pairs_include_all_that_exert_force() -> None:
+    """Pairs within a hair of the radii, where the coarse distance alone would say otherwise."""
+    g = torch.Generator().manual_seed(3)
+    p = Potential(3.0, 0.2, 0.3)
+    a = torch.nn.functional.normalize(torch.randn(20, 48, generator=g, dtype=torch.float64), dim=1)
+    step = torch.nn.functional.normalize(torch.randn(20, 48, generator=g, dtype=torch.float64), dim=1)
+    inside = 1 - 10 ** torch.linspace(-6, -3, 20, dtype=torch.float64)[:, None]
+    for radius, factor, labels in (
+        (0.3, inside, torch.arange(40)),  # all classes differ: repelling, just inside delta_rep
+        (0.2, 1 / inside, torch.arange(20).repeat(2)),  # pairs of one class, just outside delta
+    ):
+        x = torch.cat([a, a + radius * factor * step]).float()
+        energy, grad = energy_and_grad(x, labels, p)
+        true_energy, true_grad = truth(x, labels, p)
+        assert (true_grad[:20].abs().sum(1) > 0).all()
+        assert_near(grad, 0.25 * true_grad, torch.float32, what="gradient")
+        assert_near(energy, true_energy, torch.float32, what="energy")
