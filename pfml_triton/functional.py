@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import torch_backend
 from .potential import Potential
@@ -189,17 +188,17 @@ class _PotentialEnergy(torch.autograd.Function):
             total = total + _nan_unless_finite(sources)
             pairs += n * len(sources)
         scale = 1.0 / max(pairs, 1) if reduction == "mean" else 1.0
-        ctx.save_for_backward(grad, source_grad)
-        ctx.scale, ctx.dtype = scale, points.dtype
+        ctx.save_for_backward(points, sources, grad, source_grad)
+        ctx.scale = scale
         return (total * scale).to(torch.promote_types(points.dtype, torch.float32))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        grad, source_grad = ctx.saved_tensors
+        points, sources, grad, source_grad = ctx.saved_tensors
         factor = grad_output * ctx.scale
         first, third = (
-            None if g is None else (g * factor).to(ctx.dtype) for g in (grad, source_grad)
+            None if g is None else _scaled(g, factor, x)
+            for g, x in ((grad, points), (source_grad, sources))
         )
         return first, None, third, None, None, None, None
 
@@ -223,20 +222,42 @@ class _ClassPotential(torch.autograd.Function):
         own_class = (labels == class_index).sum()
         psi = energy.double() + _saturated_energy(potential, own_class, len(points))
         psi = psi + _nan_unless_finite(queries, 1) + _nan_unless_finite(points)
-        ctx.save_for_backward(grad)
-        ctx.dtype = queries.dtype
+        ctx.save_for_backward(queries, grad)
         return psi.to(torch.promote_types(queries.dtype, torch.float32))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = ctx.saved_tensors
-        first = None if grad is None else (grad * grad_output[:, None]).to(ctx.dtype)
+        queries, grad = ctx.saved_tensors
+        first = None if grad is None else _scaled(grad, grad_output[:, None], queries)
         return first, None, None, None, None, None
 
 
+class _OnceDifferentiable(torch.autograd.Function):
+    """The identity on a gradient that was computed in forward: it depends on `points`, but not by
+    way of a graph, so a second derivative would be wrong without a word."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, points: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> None:
+        raise RuntimeError(
+            "the potential energy is differentiable once: its gradient is computed in forward and "
+            "has no derivative of its own (reference.potential_field has, for small N)"
+        )
+
+
+def _scaled(grad: Tensor, factor: Tensor, points: Tensor) -> Tensor:
+    scaled = (grad * factor).to(points.dtype)
+    if not torch.is_grad_enabled():
+        return scaled
+    once: Tensor = _OnceDifferentiable.apply(scaled, points)
+    return once
+
+
 def _pairs_of_one_class(labels: Tensor, other: Tensor) -> Tensor:
-    """How many pairs (i, j) have labels[i] == other[j]: int64 scalar, without leaving the device."""
+    """How many pairs (i, j) have labels[i] == other[j]: int64 scalar, never on the host."""
     other = other.sort().values
     upper = torch.searchsorted(other, labels, right=True)
     return (upper - torch.searchsorted(other, labels)).sum()

@@ -22,7 +22,7 @@ class PFMLLoss(nn.Module):
     Args:
         num_classes: C >= 1; labels are in [0, C).
         embedding_size: D >= 1.
-        proxies_per_class: M >= 0 (the paper: 15 on CUB and Cars, 2 on SOP); 0 is sample-sample only.
+        proxies_per_class: M >= 0 (the paper: 15 on CUB and Cars, 2 on SOP); 0 is samples only.
         alpha, delta, delta_rep, min_distance: see `Potential`.
         normalize: scale embeddings and proxies to unit length, as the paper does. Off, the radii
             are in the units of the embeddings, and all are used as they are.

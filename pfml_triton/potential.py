@@ -42,7 +42,7 @@ class Potential:
         delta: radius inside which a class exerts no attraction, > 0, in units of the distance.
         delta_rep: radius beyond which classes do not repel, >= delta; None means `delta`.
         min_distance: softening length m, 0 < m < delta: below it the repulsion is a parabola, so
-            that the force is at most alpha m^-(alpha + 1) a pair and vanishes for coinciding points.
+            that a force is at most alpha m^-(alpha + 1) a pair, and none where points coincide.
 
     Raises:
         TypeError: a value that is not a real number.
@@ -102,13 +102,19 @@ class Potential:
     def _phi(self, d: float) -> float:
         return d**-self.alpha if self.alpha > 0 else -math.log(d)
 
-    def phi(self, d2: torch.Tensor) -> torch.Tensor:
-        """phi at squared distances `d2` > 0, any shape."""
-        return d2.pow(-0.5 * self.alpha) if self.alpha > 0 else -0.5 * d2.log()
-
-    def stiffness(self, d2: torch.Tensor) -> torch.Tensor:
-        """k = -phi'(d) / d at squared distances `d2` > 0, any shape."""
-        return d2.pow(-0.5 * self.alpha - 1) * (self.alpha if self.alpha > 0 else 1.0)
+    def phi_and_stiffness(self, d2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """phi and k = -phi'(d) / d at squared distances `d2` > 0, any shape."""
+        if self.alpha == 0:
+            return -0.5 * d2.log(), d2.reciprocal()
+        if not self.alpha.is_integer():
+            phi = d2.pow(-0.5 * self.alpha)
+            return phi, self.alpha * phi / d2
+        # Products of the inverse distance: several times as fast as pow on a CPU.
+        inverse = d2.rsqrt()
+        phi = inverse
+        for _ in range(int(self.alpha) - 1):
+            phi = phi * inverse
+        return phi, self.alpha * phi * inverse * inverse
 
     def pair_terms(self, d2: torch.Tensor, same: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Active energy and signed stiffness of pairs.
@@ -124,7 +130,7 @@ class Potential:
         att2, rep2, core2 = self.delta**2, self.repulsion_radius**2, self.min_distance**2
         active = torch.where(same, d2 >= att2, d2 < rep2)
         clipped = d2.clamp_min(core2)
-        phi, k = self.phi(clipped), self.stiffness(clipped)
+        phi, k = self.phi_and_stiffness(clipped)
         core = 0.5 * k * (clipped - d2)
         energy = torch.where(
             same, -self.attraction_constant - phi, phi - self.repulsion_constant + core

@@ -79,7 +79,8 @@ def field_terms(
         run = last[rows] - first[rows]
         pairs = int(near_mask.sum()) + int(run.sum())
         own = itself[rows] if exclude_self else None
-        if pairs > _DENSE_SHARE * near_mask.numel():
+        # Float64 points have no wider type to hide the cancellation in: always by differences.
+        if pairs > _DENSE_SHARE * near_mask.numel() and dtype != torch.float64:
             del near_mask
             terms = _dense_block(block_x, x_labels[rows], y, y_labels, potential, own, needs_grad)
         else:
@@ -139,6 +140,7 @@ def _dense_block(
 
     `own` [R] holds the column of each row's own point, or None.
     """
+    dtype = x.dtype
     x = x.double()
     norm_x = x.square().sum(1)
     energy = torch.zeros_like(norm_x)
@@ -147,14 +149,15 @@ def _dense_block(
         tile = y[start : start + _TILE].double()
         d2 = torch.addmm(tile.square().sum(1), x, tile.T, alpha=-2).add_(norm_x[:, None])
         same = x_labels[:, None] == y_labels[None, start : start + _TILE]
-        e, w = potential.pair_terms(d2.clamp_min_(0), same)
+        e, w = potential.pair_terms(d2.clamp_min_(0).to(dtype), same)
         if own is not None:
             i = torch.arange(len(x), device=x.device)
             inside = (own >= start) & (own < start + len(tile))
             i, j = i[inside], own[inside] - start
             e[i, j] = 0
             w[i, j] = 0
-        energy += e.sum(1)
-        if grad is not None:
+        energy += e.sum(1, dtype=torch.float64)
+        if grad is not None:  # w (x - y): the difference needs float64, the weight does not
+            w = w.double()
             grad.addcmul_(w.sum(1, keepdim=True), x).addmm_(w, tile, alpha=-1)
     return energy, grad

@@ -42,7 +42,7 @@ def cloud(
         points[half : 2 * half] = points[:half] + step * torch.logspace(-4, -0.5, half)[:, None]
         labels[half : 2 * half] = (labels[:half] + 1) % max(classes, 2)
     elif kind == "duplicates":
-        points[n // 2 :] = points[: n - n // 2]
+        points[n // 2 :] = points[: n - n // 2].clone()
     elif kind == "one_class":
         labels[:] = 7
     elif kind == "wide_norms":

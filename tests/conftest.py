@@ -15,6 +15,8 @@ import torch
 
 from tests import compiled
 
+torch.set_num_threads(1)  # the tensors are small: threads would only wait for each other
+
 
 @pytest.fixture(autouse=True)
 def _poisoned_buffers() -> Iterator[None]:

@@ -1,8 +1,8 @@
 """The one table of tile shapes, the same choice every time.
 
 The key is the depth, and nothing else: the forces kernel holds gradients of [BLOCK_M, SLICES *
-BLOCK_D] in registers, so the depth decides what fits, while the dtype of the points only changes its
-loads. Every entry compiles without a spill for every chip of tests/kernels/test_compile.py.
+BLOCK_D] in registers, so the depth decides what fits, while the dtype of the points only changes
+its loads. Every entry compiles without a spill for every chip of tests/kernels/test_compile.py.
 """
 
 from __future__ import annotations

@@ -3,15 +3,16 @@
 A program owns BLOCK_M points and walks the tiles of other points that may act on them.
 
 *Nominate.* One tensor-core product of the coarse (bfloat16) points gives every squared distance of
-the tile to within a proven margin, whatever the dtype of the points. With x~ the coarse point and
-r_x >= |x - x~| its radius, the true distance d and the distance d~ of the coarse points differ by at
-most r_x + r_y. The computed square of d~,
+the tile to within a proven margin, whatever the dtype of the points. Let x~ be the coarse point and
+r_x >= |x - x~| its radius: the true distance d and that of the coarse points, d~, differ by at most
+r_x + r_y. The computed square of d~,
 
     s = |x~|^2 + |y~|^2 - 2 x~.y~        over a depth of K,
 
-has products that are exact in float32 and sums of K terms in any order, each addition wrong by at
-most 2^-23 of its result even where the hardware truncates; so |s - d~^2| <= slack (|x~|^2 + |y~|^2)
-with slack = (2 K + 16) 2^-23, since |x~.y~| <= (|x~|^2 + |y~|^2) / 2. A pair can exert force only if
+is made of products that are exact in float32 and of sums of K terms in any order, each addition off
+by at most 2^-23 of its result even where the hardware truncates. Since |x~.y~| is at most
+(|x~|^2 + |y~|^2) / 2, |s - d~^2| <= slack (|x~|^2 + |y~|^2) with slack = (2 K + 16) 2^-23, and a
+pair can exert force only if
 
     classes differ and  s <  (delta_rep + r_x + r_y)^2 + slack (|x~|^2 + |y~|^2),  or
     classes agree  and  s >= max(delta - r_x - r_y, 0)^2 - slack (|x~|^2 + |y~|^2).
@@ -30,14 +31,14 @@ import triton.language as tl
 
 @triton.jit
 def _phi_and_stiffness(d2, alpha, ALPHA: tl.constexpr):
-    """phi(d) and k(d) = -phi'(d) / d at d^2 > 0 (pfml_triton.potential); ALPHA < 0: not an integer."""
+    """phi(d) and k(d) = -phi'(d) / d at d^2 > 0; ALPHA < 0 stands for one that is no integer."""
     if ALPHA == 0:
         phi = -0.5 * tl.log(d2)
         stiffness = 1.0 / d2
     elif ALPHA > 0:
         inverse = tl.rsqrt(d2)
         phi = inverse
-        for power in tl.static_range(ALPHA - 1):  # noqa: B007
+        for power in tl.static_range(ALPHA - 1):
             phi = phi * inverse
         stiffness = alpha * phi * inverse * inverse
     else:
@@ -143,7 +144,7 @@ def _force_kernel(
         waiting = nominated.to(tl.int32)
 
         # Evaluate
-        for turn in range(tl.max(tl.sum(waiting, 1), 0)):  # noqa: B007
+        for turn in range(tl.max(tl.sum(waiting, 1), 0)):
             first = tl.min(tl.where(waiting != 0, in_y[None, :], BLOCK_N), 1)
             waiting = tl.where(in_y[None, :] == first[:, None], 0, waiting)
             taken = first < BLOCK_N

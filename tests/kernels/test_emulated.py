@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from pfml_triton import Potential, torch_backend
+from pfml_triton.kernels.config import tiles_for
 from tests.clouds import assert_near, cloud
 from tests.compiled import emulate
 
@@ -74,3 +75,21 @@ def test_two_clouds(compiler: ProcessPoolExecutor, dtype: torch.dtype) -> None:
     for mine, its, what in zip(ours, true, ("energy", "gradient"), strict=True):
         assert its is not None
         assert_near(mine, its, torch.float32, what=what)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pack(compiler: ProcessPoolExecutor, dtype: torch.dtype) -> None:
+    """Compiled code rounds to the nearest bfloat16, and the radius bounds the rest."""
+    x, labels = cloud("wide_norms", 37, 70, 4, dtype)
+    tiles = tiles_for(70, hip=False)
+    packed = compiler.submit(emulate, "pack", (x, labels.int(), tiles), {}).result()
+    assert torch.equal(packed.points[:37, :70], x[packed.order])
+    assert not packed.points[37:].any()
+    assert not packed.points[:, 70:].any()
+    assert torch.equal(packed.coarse, packed.points.bfloat16())
+    error = (packed.points.double() - packed.coarse.double()).norm(dim=1)
+    assert (packed.radius >= error).all()
+    assert (packed.radius <= 1.01 * error + 1e-30).all()
+    norm = packed.coarse[:37].double().square().sum(1)
+    assert torch.allclose(packed.sq_norm[:37].double(), norm, rtol=1e-6)
+    assert torch.isnan(packed.sq_norm[37:]).all()

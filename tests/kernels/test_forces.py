@@ -27,20 +27,19 @@ def energy_and_grad(points: Tensor, labels: Tensor, potential: Potential) -> tup
 def check(points: Tensor, labels: Tensor, potential: Potential) -> None:
     energy, grad = energy_and_grad(points, labels, potential)
     true_energy, true_grad = truth(points, labels, potential)
-    eager_energy, eager_grad = eager(points, labels, potential)
+    _, eager_grad = eager(points, labels, potential)
     dtype = points.dtype
     assert grad.dtype == dtype
     assert energy.dtype == torch.promote_types(dtype, torch.float32)
     # The energy is float32 at least; a float16 gradient overflows to infinity where it is > 65504.
     fits = (0.25 * true_grad).abs() <= torch.finfo(dtype).max
     assert_near(energy, true_energy, energy.dtype, what="energy")
-    if dtype == torch.float32:
-        eager_grad = None  # 2e-6 of the largest entry, whatever eager loses
     assert_near(
         torch.where(fits, grad, 0.0),
         torch.where(fits, 0.25 * true_grad, 0.0),
         dtype,
-        None if eager_grad is None else torch.where(fits, 0.25 * eager_grad, 0.0),
+        # Half precision may lose what eager loses; float32 and float64 only what the floor says.
+        torch.where(fits, 0.25 * eager_grad, 0.0) if dtype.itemsize == 2 else None,
         "gradient",
     )
     assert torch.isinf(grad[~fits]).all()
@@ -134,7 +133,7 @@ def test_strides(case: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_pair_exactly_at_its_radius(dtype: torch.dtype) -> None:
-    """Distances that every dtype holds exactly: d = delta attracts, d = delta_rep does not repel."""
+    """Distances that every dtype holds exactly: delta attracts, delta_rep does not repel."""
     x = torch.tensor([[0.0, 0.0], [0.25, 0.0], [0.25, 0.5], [0.25, -0.5]], dtype=dtype)
     labels = torch.tensor([0, 0, 1, 2])
     p = Potential(2.0, 0.25, 0.5, 0.125)
@@ -154,9 +153,7 @@ def test_gradcheck() -> None:
     p = Potential(2.5, 0.2, 0.3, 0.05)
 
     def energy(x: Tensor, y: Tensor) -> Tensor:
-        return potential_energy(
-            x, labels, p, sources=y, source_labels=y_labels, backend="triton"
-        )
+        return potential_energy(x, labels, p, sources=y, source_labels=y_labels, backend="triton")
 
     assert torch.autograd.gradcheck(energy, (x, y), eps=1e-7, atol=1e-3, rtol=1e-4)
     queries = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
@@ -197,7 +194,9 @@ def test_nominated_pairs_include_all_that_exert_force() -> None:
     g = torch.Generator().manual_seed(3)
     p = Potential(3.0, 0.2, 0.3)
     a = torch.nn.functional.normalize(torch.randn(20, 48, generator=g, dtype=torch.float64), dim=1)
-    step = torch.nn.functional.normalize(torch.randn(20, 48, generator=g, dtype=torch.float64), dim=1)
+    step = torch.nn.functional.normalize(
+        torch.randn(20, 48, generator=g, dtype=torch.float64), dim=1
+    )
     inside = 1 - 10 ** torch.linspace(-6, -3, 20, dtype=torch.float64)[:, None]
     for radius, factor, labels in (
         (0.3, inside, torch.arange(40)),  # all classes differ: repelling, just inside delta_rep

@@ -1,0 +1,128 @@
+"""The torch backend against the reference in float64."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pfml_triton import Potential, potential_energy, torch_backend
+from tests.clouds import KINDS, assert_near, cloud, eager, truth
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=["pairs", "dense"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Force one of the two ways of evaluating a block, and make blocks and tiles small."""
+    monkeypatch.setattr(torch_backend, "_DENSE_SHARE", {"pairs": 2.0, "dense": -1.0}[request.param])
+    monkeypatch.setattr(torch_backend, "_BLOCK_PAIRS", 3000)
+    monkeypatch.setattr(torch_backend, "_GATHER_ENTRIES", 5000)
+    monkeypatch.setattr(torch_backend, "_TILE", 33)
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_clouds(kind: str, dtype: torch.dtype) -> None:
+    x, labels = cloud(kind, 150, 24, 6, dtype)
+    p = Potential(3.0, 0.2, 0.25)
+    points = x.clone().requires_grad_()
+    energy = potential_energy(points, labels, p, backend="torch")
+    (grad,) = torch.autograd.grad(energy, points, torch.tensor(2.0**-8, dtype=energy.dtype))
+    true_energy, true_grad = truth(x, labels, p)
+    _, eager_grad = eager(x, labels, p)
+    assert_near(energy.detach(), true_energy, energy.dtype, what="energy")
+    fits = (2.0**-8 * true_grad).abs() <= torch.finfo(dtype).max
+    assert_near(
+        torch.where(fits, grad, 0.0),
+        torch.where(fits, 2.0**-8 * true_grad, 0.0),
+        dtype,
+        torch.where(fits, 2.0**-8 * eager_grad, 0.0) if dtype.itemsize == 2 else None,
+        what="gradient",
+    )
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, 2.0, 6.0])
+@pytest.mark.parametrize("depth", [1, 7])
+def test_exponents_and_depths(alpha: float, depth: int) -> None:
+    x, labels = cloud("collisions", 60, depth, 3, torch.float32)
+    p = Potential(alpha, 0.2, 0.3, 0.02)
+    energy, grad = torch_backend.field_terms(
+        x, labels, x, labels, p, exclude_self=True, needs_grad=True
+    )
+    alone, nothing = torch_backend.field_terms(
+        x, labels, x, labels, p, exclude_self=True, needs_grad=False
+    )
+    true_energy, true_grad = truth(x, labels, p)
+    assert grad is not None
+    assert nothing is None
+    assert torch.equal(energy, alone)
+    assert_near(2 * grad, true_grad, torch.float32, what="gradient")
+    assert (potential_energy(x, labels, p, backend="torch") - true_energy).abs() <= 2e-7 * abs(
+        true_energy
+    )
+
+
+@pytest.mark.usefixtures("path")
+def test_gradcheck() -> None:
+    x, labels = cloud("clusters", 10, 3, 2, torch.float64)
+    y, y_labels = cloud("collisions", 8, 3, 3, torch.float64, seed=1)
+    x.requires_grad_()
+    y.requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x, y: potential_energy(
+            x, labels, Potential(2.5, 0.2, 0.3, 0.05),
+            sources=y, source_labels=y_labels, backend="torch",
+        ),
+        (x, y), eps=1e-7, atol=1e-3, rtol=1e-4,
+    )  # fmt: skip
+
+
+def test_many_and_few_pairs_in_one_call_choose_both_paths() -> None:
+    """A collapsed class beside spread-out ones, at the shipped block sizes."""
+    x, labels = cloud("clusters", 3000, 8, 1500, torch.float32)
+    x[:700] = x[0] + 0.3 * torch.randn(700, 8)
+    labels[:700] = 5000
+    p = Potential()
+    energy, grad = torch_backend.field_terms(
+        x, labels, x, labels, p, exclude_self=True, needs_grad=True
+    )
+    exact_energy, exact_grad = torch_backend.field_terms(
+        x.double(), labels, x.double(), labels, p, exclude_self=True, needs_grad=True
+    )
+    assert grad is not None
+    assert exact_grad is not None
+    assert_near(energy, exact_energy, torch.float32, what="energy")
+    assert_near(grad, exact_grad, torch.float32, what="gradient")
+
+
+MEMORY = """
+import resource, torch
+from pfml_triton import potential_energy
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+torch.manual_seed(0)
+labels = torch.arange(2000).repeat_interleave(4)
+centre = torch.randn(2000, 512)[labels] * {centres}
+x = torch.nn.functional.normalize(centre + 0.6 * torch.randn(8000, 512), dim=1).requires_grad_()
+potential_energy(x[:200], labels[:200]).backward()
+before = peak()
+potential_energy(x, labels).backward()
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("centres", [1.0, 0.0], ids=["apart", "collapsed"])
+def test_peak_memory_at_8000_points_of_512(centres: float) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", MEMORY.format(centres=centres)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(run.stdout) < 500e6
