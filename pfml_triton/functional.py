@@ -1,9 +1,8 @@
 """`potential_energy` and `class_potential`: validation, choice of the backend, autograd.
 
-Both ask a backend for the same two things: the active energy of some points in the field of others
-and its gradient. The energy is a sum, so the gradient is computed along with it in forward, and
-backward is one multiplication. The constants of the saturated pairs are added here, from pair
-counts, in float64.
+Both ask a backend for the same thing: the sums over the pairs that exert force, `FieldTerms`. The
+energy is a sum, so its gradient is computed along with it in forward, and backward is one
+multiplication. The pairs without force are constants, added here from pair counts, in float64.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import torch_backend
-from .potential import Potential
+from .potential import FieldTerms, Potential
 
 try:
     from .kernels import launch as _triton_backend
@@ -29,7 +28,7 @@ _INTEGERS = tuple(
     getattr(torch, f"{sign}int{bits}") for bits in (8, 16, 32, 64) for sign in ("", "u")
 )
 
-FieldTerms = Callable[..., tuple[Tensor, Tensor | None]]
+Backend = Callable[..., FieldTerms]
 
 
 def potential_energy(
@@ -154,38 +153,36 @@ class _PotentialEnergy(torch.autograd.Function):
         source_labels: Tensor | None,
         potential: Potential,
         reduction: str,
-        field_terms: FieldTerms,
+        field_terms: Backend,
     ) -> Tensor:
         needs_points, needs_sources = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
         labels = labels.to(torch.int64)
         n = len(points)
-        energy, grad = field_terms(
+        terms = field_terms(
             points, labels, points, labels, potential,
             exclude_self=True, needs_grad=needs_points,
         )  # fmt: skip
-        if grad is not None:
-            grad = grad.mul_(2)  # the field is mutual: x_i stands in row i and in column i of U
-        own_class = _pairs_of_one_class(labels, labels) - n
-        total = energy.sum() + _saturated_energy(potential, own_class, n * (n - 1))
-        total = total + _nan_unless_finite(points)
+        # The field is mutual: x_i stands in row i and in column i of U.
+        grad = None if terms.grad is None else terms.grad.mul_(2)
         pairs, source_grad = n * (n - 1), None
+        own_class = _pairs_of_one_class(labels, labels) - n
+        total = _energy(_summed(terms), own_class, pairs, potential) + _nan_unless_finite(points)
         if sources is not None and source_labels is not None:
             source_labels = source_labels.to(torch.int64)
-            energy, grad_from_sources = field_terms(
+            terms = field_terms(
                 points, labels, sources, source_labels, potential,
                 exclude_self=False, needs_grad=needs_points,
             )  # fmt: skip
-            if grad is not None and grad_from_sources is not None:
-                grad += grad_from_sources
+            if grad is not None and terms.grad is not None:
+                grad += terms.grad
             if needs_sources:
-                _, source_grad = field_terms(
+                source_grad = field_terms(
                     sources, source_labels, points, labels, potential,
                     exclude_self=False, needs_grad=True,
-                )  # fmt: skip
+                ).grad  # fmt: skip
             own_class = _pairs_of_one_class(labels, source_labels)
-            total = total + energy.sum()
-            total = total + _saturated_energy(potential, own_class, n * len(sources))
-            total = total + _nan_unless_finite(sources)
+            mixed = _energy(_summed(terms), own_class, n * len(sources), potential)
+            total = total + mixed + _nan_unless_finite(sources)
             pairs += n * len(sources)
         scale = 1.0 / max(pairs, 1) if reduction == "mean" else 1.0
         ctx.save_for_backward(points, sources, grad, source_grad)
@@ -212,17 +209,17 @@ class _ClassPotential(torch.autograd.Function):
         labels: Tensor,
         class_index: int,
         potential: Potential,
-        field_terms: FieldTerms,
+        field_terms: Backend,
     ) -> Tensor:
         labels = labels.to(torch.int64)
-        energy, grad = field_terms(
+        terms = field_terms(
             queries, labels.new_full((len(queries),), class_index), points, labels, potential,
             exclude_self=False, needs_grad=ctx.needs_input_grad[0],
         )  # fmt: skip
         own_class = (labels == class_index).sum()
-        psi = energy.double() + _saturated_energy(potential, own_class, len(points))
+        psi = _energy(terms, own_class, len(points), potential)
         psi = psi + _nan_unless_finite(queries, 1) + _nan_unless_finite(points)
-        ctx.save_for_backward(queries, grad)
+        ctx.save_for_backward(queries, terms.grad)
         return psi.to(torch.promote_types(queries.dtype, torch.float32))
 
     @staticmethod
@@ -263,10 +260,24 @@ def _pairs_of_one_class(labels: Tensor, other: Tensor) -> Tensor:
     return (upper - torch.searchsorted(other, labels)).sum()
 
 
-def _saturated_energy(potential: Potential, own_class: Tensor, pairs: int) -> Tensor:
-    """Energy of `pairs` pairs if none exerted force, `own_class` of them of one class: float64."""
-    own = own_class.double()
-    return own * potential.attraction_constant + (pairs - own) * potential.repulsion_constant
+def _energy(terms: FieldTerms, own_class: Tensor, pairs: int, potential: Potential) -> Tensor:
+    """Sum of psi, float64: that of the active pairs, and the constants of the others.
+
+    `terms` are those of each point or summed over points; `pairs` is the number of all their
+    pairs, `own_class` that of the pairs of one class.
+    """
+    still_own = own_class - terms.attracting
+    still_other = pairs - own_class - terms.repelling
+    constants = (
+        still_own.double() * potential.attraction_constant
+        + still_other.double() * potential.repulsion_constant
+    )
+    return terms.energy.double() + constants
+
+
+def _summed(terms: FieldTerms) -> FieldTerms:
+    energy = terms.energy.sum(dtype=torch.float64)
+    return FieldTerms(energy, terms.attracting.sum(), terms.repelling.sum(), None)
 
 
 def _nan_unless_finite(points: Tensor, dim: int | None = None) -> Tensor:
@@ -276,7 +287,7 @@ def _nan_unless_finite(points: Tensor, dim: int | None = None) -> Tensor:
     return zero.sum() if dim is None else zero.sum(dim)
 
 
-def _choose_backend(backend: str, points: Tensor, potential: Potential) -> FieldTerms:
+def _choose_backend(backend: str, points: Tensor, potential: Potential) -> Backend:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     if points.dtype != torch.float64 and potential.max_stiffness > 1e37:

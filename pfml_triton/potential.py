@@ -9,14 +9,11 @@ the limit of (d^-alpha - 1) / alpha), the two potentials are
     psi_rep(d) =  phi(min(d, delta_rep))      classes repel, but not beyond the radius
 
 Both are constant where they exert no force. Those saturated pairs are nearly all of the energy and
-none of the gradient, so everything here works on the *active* energy, the part above saturation:
-
-    same class,       d >= delta     :  phi(delta) - phi(d)        >= 0
-    different class,  d <  delta_rep :  phi(d)     - phi(delta_rep) > 0
-
-and the constants are added from exact pair counts. With the stiffness k(d) = -phi'(d) / d, which is
-alpha d^-(alpha + 2) (alpha = 0: d^-2), the derivative of the pair energy in the position of a is
-k (x_a - x_b) for an active pair of one class and -k (x_a - x_b) for one of two classes.
+none of the gradient, so only the *active* pairs are evaluated, those of one class at d >= delta and
+those of two at d < delta_rep; the others are counted, and enter as constants. With the stiffness
+k(d) = -phi'(d) / d, which is alpha d^-(alpha + 2) (alpha = 0: d^-2), the derivative of the pair
+energy in the position of a is k (x_a - x_b) for an active pair of one class and -k (x_a - x_b) for
+one of two classes.
 
 Our one addition to Eq. 2: a softened core. Repulsion is singular at d = 0, which duplicate images
 with conflicting labels do reach. Below `min_distance` m it continues as the parabola in d that
@@ -28,6 +25,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from numbers import Real
+from typing import NamedTuple
 
 import torch
 
@@ -116,23 +114,31 @@ class Potential:
             phi = phi * inverse
         return phi, self.alpha * phi * inverse * inverse
 
-    def pair_terms(self, d2: torch.Tensor, same: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Active energy and signed stiffness of pairs.
+    def pair_terms(
+        self, d2: torch.Tensor, same: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Energy and signed stiffness of the active pairs.
 
         Args:
             d2: squared distances >= 0, floating point, any shape.
             same: bool, the shape of `d2`: do the two points share their class?
 
         Returns:
-            Energy above saturation and w, both of the shape of `d2` and 0 for pairs without force.
-            The derivative of a pair's energy in x_a is w (x_a - x_b).
+            psi, w and whether the pair is active, of the shape of `d2`; psi and w are 0 where it is
+            not. The derivative of a pair's energy in x_a is w (x_a - x_b).
         """
         att2, rep2, core2 = self.delta**2, self.repulsion_radius**2, self.min_distance**2
         active = torch.where(same, d2 >= att2, d2 < rep2)
         clipped = d2.clamp_min(core2)
         phi, k = self.phi_and_stiffness(clipped)
-        core = 0.5 * k * (clipped - d2)
-        energy = torch.where(
-            same, -self.attraction_constant - phi, phi - self.repulsion_constant + core
-        )
-        return energy * active, torch.where(same, k, -k) * active
+        psi = torch.where(same, -phi, phi + 0.5 * k * (clipped - d2))
+        return psi * active, torch.where(same, k, -k) * active, active
+
+
+class FieldTerms(NamedTuple):
+    """What a field does to N points: the sums over the pairs that exert force, and their number."""
+
+    energy: torch.Tensor  # [N] floating point, sum of psi over the active pairs of each point
+    attracting: torch.Tensor  # [N] integers, active pairs of one class
+    repelling: torch.Tensor  # [N] integers, active pairs of two classes
+    grad: torch.Tensor | None  # [N, D] floating point, d energy_i / d x_i

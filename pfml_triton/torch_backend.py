@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .potential import Potential
+from .potential import FieldTerms, Potential
 
 _BLOCK_PAIRS = 1 << 22  # entries of one nominating product: 16 MiB in float32
 _GATHER_ENTRIES = 1 << 21  # entries of one gather of pair differences
@@ -31,8 +31,8 @@ def field_terms(
     *,
     exclude_self: bool,
     needs_grad: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Active energy of the points `x` in the field of `y`, and its gradient in `x`.
+) -> FieldTerms:
+    """What the field of `y` does to the points `x`: see `FieldTerms`.
 
     Args:
         x, y: points [N, D] and [M, D], one floating-point dtype and device.
@@ -40,19 +40,16 @@ def field_terms(
         exclude_self: `x` is `y`, and pairs (i, i) do not count.
         needs_grad: whether the gradient is wanted.
 
-    Returns:
-        Energy above saturation of each point of `x`, [N] float64, and d energy_i / d x_i, [N, D]
-        float32 (float64 for float64 input) or None.
+    The energy is float64, the gradient float32 (float64 for float64 points).
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     y_labels, order = torch.sort(y_labels, stable=True)
     y = y.to(dtype)[order]
     x = x.to(dtype)
     n, depth = x.shape
-    energy = x.new_zeros(n, dtype=torch.float64)
-    grad = torch.zeros_like(x) if needs_grad else None
+    terms = _no_terms(x, needs_grad)
     if n == 0 or len(y) == 0:
-        return energy, grad
+        return terms
 
     # [x, 1, -|x|^2/2] . [y, -|y|^2/2, 1] = -d^2/2. A sum of depth + 2 products in any order is off
     # by at most (depth + 2) u (|x| |y| + (|x|^2 + |y|^2)/2) <= (depth + 2) u (|x|^2 + |y|^2), and
@@ -82,7 +79,7 @@ def field_terms(
         # Float64 points have no wider type to hide the cancellation in: always by differences.
         if pairs > _DENSE_SHARE * near_mask.numel() and dtype != torch.float64:
             del near_mask
-            terms = _dense_block(block_x, x_labels[rows], y, y_labels, potential, own, needs_grad)
+            block = _dense_block(block_x, x_labels[rows], y, y_labels, potential, own, needs_grad)
         else:
             i, j = near_mask.nonzero(as_tuple=True)
             other = x_labels[rows][i] != y_labels[j]
@@ -96,11 +93,21 @@ def field_terms(
             i = torch.cat([i[other], same_i])
             j = torch.cat([j[other], same_j])
             same = torch.arange(len(i), device=i.device) >= len(i) - len(same_i)
-            terms = _gathered_pairs(block_x, y, i, j, same, potential, needs_grad)
-        energy[rows] = terms[0]
-        if grad is not None and terms[1] is not None:
-            grad[rows] = terms[1]
-    return energy, grad
+            block = _gathered_pairs(block_x, y, i, j, same, potential, needs_grad)
+        for whole, part in zip(terms, block, strict=True):
+            if whole is not None and part is not None:
+                whole[rows] = part
+    return terms
+
+
+def _no_terms(x: Tensor, needs_grad: bool) -> FieldTerms:
+    none = x.new_zeros(2, len(x), dtype=torch.int64)
+    return FieldTerms(
+        x.new_zeros(len(x), dtype=torch.float64),
+        none[0],
+        none[1],
+        torch.zeros_like(x) if needs_grad else None,
+    )
 
 
 def _gathered_pairs(
@@ -111,20 +118,21 @@ def _gathered_pairs(
     same: Tensor,
     potential: Potential,
     needs_grad: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Energy [R] and gradient [R, D] of rows `x` from the listed pairs (i, j), by differences."""
-    energy = x.new_zeros(len(x), dtype=torch.float64)
-    grad = torch.zeros_like(x) if needs_grad else None
+) -> FieldTerms:
+    """The terms of rows `x` [R, D] from the listed pairs (i, j), by differences."""
+    terms = _no_terms(x, needs_grad)
     step = max(1, _GATHER_ENTRIES // max(x.shape[1], 1))
     for start in range(0, len(i), step):
         part = slice(start, start + step)
         rows = i[part]
         difference = x[rows] - y[j[part]]
-        e, w = potential.pair_terms(difference.square().sum(1), same[part])
-        energy.index_add_(0, rows, e.double())
-        if grad is not None:
-            grad.index_add_(0, rows, difference.mul_(w[:, None]))
-    return energy, grad
+        psi, w, active = potential.pair_terms(difference.square().sum(1), same[part])
+        terms.energy.index_add_(0, rows, psi.double())
+        terms.attracting.index_add_(0, rows, (active & same[part]).long())
+        terms.repelling.index_add_(0, rows, (active & ~same[part]).long())
+        if terms.grad is not None:
+            terms.grad.index_add_(0, rows, difference.mul_(w[:, None]))
+    return terms
 
 
 def _dense_block(
@@ -135,29 +143,31 @@ def _dense_block(
     potential: Potential,
     own: Tensor | None,
     needs_grad: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Energy [R] and gradient [R, D] of rows `x` in the field of all of `y`, in float64 tiles.
+) -> FieldTerms:
+    """The terms of rows `x` [R, D] in the field of all of `y`, in float64 tiles.
 
     `own` [R] holds the column of each row's own point, or None.
     """
     dtype = x.dtype
     x = x.double()
     norm_x = x.square().sum(1)
-    energy = torch.zeros_like(norm_x)
-    grad = torch.zeros_like(x) if needs_grad else None
+    terms = _no_terms(x, needs_grad)
     for start in range(0, len(y), _TILE):
         tile = y[start : start + _TILE].double()
         d2 = torch.addmm(tile.square().sum(1), x, tile.T, alpha=-2).add_(norm_x[:, None])
         same = x_labels[:, None] == y_labels[None, start : start + _TILE]
-        e, w = potential.pair_terms(d2.clamp_min_(0).to(dtype), same)
+        psi, w, active = potential.pair_terms(d2.clamp_min_(0).to(dtype), same)
         if own is not None:
             i = torch.arange(len(x), device=x.device)
             inside = (own >= start) & (own < start + len(tile))
             i, j = i[inside], own[inside] - start
-            e[i, j] = 0
+            psi[i, j] = 0
             w[i, j] = 0
-        energy += e.sum(1, dtype=torch.float64)
-        if grad is not None:  # w (x - y): the difference needs float64, the weight does not
+            active[i, j] = False
+        terms.energy.add_(psi.sum(1, dtype=torch.float64))
+        terms.attracting.add_((active & same).sum(1))
+        terms.repelling.add_((active & ~same).sum(1))
+        if terms.grad is not None:  # w (x - y): the difference needs float64, the weight does not
             w = w.double()
-            grad.addcmul_(w.sum(1, keepdim=True), x).addmm_(w, tile, alpha=-1)
-    return energy, grad
+            terms.grad.addcmul_(w.sum(1, keepdim=True), x).addmm_(w, tile, alpha=-1)
+    return terms

@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from pfml_triton import Potential, potential_energy, torch_backend
-from tests.clouds import KINDS, assert_near, cloud, eager, truth
+from tests.clouds import (
+    KINDS,
+    assert_near,
+    assert_same_without_grad,
+    assert_terms_near,
+    cloud,
+    eager,
+    truth,
+)
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -52,17 +60,14 @@ def test_kinds_of_clouds(kind: str, dtype: torch.dtype) -> None:
 def test_exponents_and_depths(alpha: float, depth: int) -> None:
     x, labels = cloud("collisions", 60, depth, 3, torch.float32)
     p = Potential(alpha, 0.2, 0.3, 0.02)
-    energy, grad = torch_backend.field_terms(
-        x, labels, x, labels, p, exclude_self=True, needs_grad=True
-    )
-    alone, nothing = torch_backend.field_terms(
-        x, labels, x, labels, p, exclude_self=True, needs_grad=False
+    terms, alone = (
+        torch_backend.field_terms(x, labels, x, labels, p, exclude_self=True, needs_grad=needs_grad)
+        for needs_grad in (True, False)
     )
     true_energy, true_grad = truth(x, labels, p)
-    assert grad is not None
-    assert nothing is None
-    assert torch.equal(energy, alone)
-    assert_near(2 * grad, true_grad, torch.float32, what="gradient")
+    assert_same_without_grad(alone, terms)
+    assert terms.grad is not None
+    assert_near(2 * terms.grad, true_grad, torch.float32, what="gradient")
     assert (potential_energy(x, labels, p, backend="torch") - true_energy).abs() <= 2e-7 * abs(
         true_energy
     )
@@ -89,16 +94,11 @@ def test_many_and_few_pairs_in_one_call_choose_both_paths() -> None:
     x[:700] = x[0] + 0.3 * torch.randn(700, 8)
     labels[:700] = 5000
     p = Potential()
-    energy, grad = torch_backend.field_terms(
-        x, labels, x, labels, p, exclude_self=True, needs_grad=True
+    terms, exact = (
+        torch_backend.field_terms(z, labels, z, labels, p, exclude_self=True, needs_grad=True)
+        for z in (x, x.double())
     )
-    exact_energy, exact_grad = torch_backend.field_terms(
-        x.double(), labels, x.double(), labels, p, exclude_self=True, needs_grad=True
-    )
-    assert grad is not None
-    assert exact_grad is not None
-    assert_near(energy, exact_energy, torch.float32, what="energy")
-    assert_near(grad, exact_grad, torch.float32, what="gradient")
+    assert_terms_near(terms, exact, torch.float32)
 
 
 MEMORY = """

@@ -48,6 +48,12 @@ def _phi_and_stiffness(d2, alpha, ALPHA: tl.constexpr):
 
 
 @triton.jit
+def _square(length, real: tl.constexpr):
+    length = tl.full((1,), length, real)
+    return length * length
+
+
+@triton.jit
 def _difference(x_ptr, x_row, y_ptr, y_row, d):
     """x - y of BLOCK_M pairs at the depths d [BLOCK_D], in float32 (float64 for float64 points)."""
     x = tl.load(x_ptr + x_row[:, None] + d[None, :])
@@ -71,8 +77,10 @@ def _force_kernel(
     y_radius_ptr,  # [Q]
     tiles_ptr,  # [P / BLOCK_M, at most Q / BLOCK_N] int32, active tiles of y for every tile of x
     counts_ptr,  # [P / BLOCK_M] int32, how many
-    energy_ptr,  # [N] out, active energy of every point
-    grad_ptr,  # [N, D] out, its derivative in the point
+    energy_ptr,  # [N] out, energy of every point from the pairs that exert force on it
+    attracting_ptr,  # [N] int32 out, how many of them attract
+    repelling_ptr,  # [N] int32 out, how many repel
+    grad_ptr,  # [N, D] out, the derivative of the energy in the point
     stride_tiles,
     stride_counts,
     N,
@@ -82,8 +90,6 @@ def _force_kernel(
     alpha,
     att_radius,
     rep_radius,
-    att_phi,  # phi(att_radius)
-    rep_phi,  # phi(rep_radius)
     min_distance,
     slack,
     ALPHA: tl.constexpr,
@@ -111,7 +117,13 @@ def _force_kernel(
     x_sq_norm = tl.load(x_sq_norm_ptr + rows)
     x_radius = tl.load(x_radius_ptr + rows)
 
+    att_sq_radius = _square(att_radius, real)
+    rep_sq_radius = _square(rep_radius, real)
+    core_sq_radius = _square(min_distance, real)
+
     energy = tl.zeros((BLOCK_M,), real)
+    attracting = tl.zeros((BLOCK_M,), tl.int32)
+    repelling = tl.zeros((BLOCK_M,), tl.int32)
     grad = ()
     for i in tl.static_range(SLICES):
         grad = grad + (tl.zeros((BLOCK_M, BLOCK_D), real),)
@@ -154,16 +166,17 @@ def _force_kernel(
                 difference = _difference(x_tile, in_x * depth, y_tile, chosen * depth, start + d)
                 squares += difference * difference
             d2 = tl.sum(squares, 1)
-            attracts = x_label == tl.load(y_label_ptr + tile_y * BLOCK_N + chosen)
-            active = taken & tl.where(
-                attracts, d2 >= att_radius * att_radius, d2 < rep_radius * rep_radius
-            )
-            clipped = tl.maximum(d2, min_distance * min_distance)
+            y_label = tl.load(y_label_ptr + tile_y * BLOCK_N + chosen)
+            attracts = taken & (x_label == y_label) & (d2 >= att_sq_radius)
+            repels = taken & (x_label != y_label) & (d2 < rep_sq_radius)
+            attracting += attracts.to(tl.int32)
+            repelling += repels.to(tl.int32)
+            clipped = tl.maximum(d2, core_sq_radius)
             phi, stiffness = _phi_and_stiffness(clipped, alpha, ALPHA)
-            repulsion = phi - rep_phi + 0.5 * stiffness * (clipped - d2)
-            energy += tl.where(active, tl.where(attracts, att_phi - phi, repulsion), 0.0)
+            repulsion = phi + 0.5 * stiffness * (clipped - d2)
+            energy += tl.where(attracts, -phi, tl.where(repels, repulsion, 0.0))
             if NEEDS_GRAD:
-                weight = tl.where(active, tl.where(attracts, stiffness, -stiffness), 0.0)
+                weight = tl.where(attracts, stiffness, tl.where(repels, -stiffness, 0.0))
                 updated = ()
                 for i in tl.static_range(SLICES):
                     difference = _difference(
@@ -180,6 +193,8 @@ def _force_kernel(
     out_row = tl.load(order_ptr + rows, mask=owned, other=0)
     if first_slice == 0:
         tl.store(energy_ptr + out_row, energy, mask=owned)
+        tl.store(attracting_ptr + out_row, attracting, mask=owned)
+        tl.store(repelling_ptr + out_row, repelling, mask=owned)
     if NEEDS_GRAD:
         for i in tl.static_range(SLICES):
             depths = (first_slice + i) * BLOCK_D + d

@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..potential import Potential
+from ..potential import FieldTerms, Potential
 from .config import PACK_ROWS, Tiles, tiles_for
 from .forces import _force_kernel
 from .pack import _pack_kernel
@@ -88,8 +88,8 @@ def field_terms(
     exclude_self: bool,
     needs_grad: bool,
     tiles: Tiles | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Active energy of the points `x` in the field of `y`, and its gradient in `x`.
+) -> FieldTerms:
+    """What the field of `y` does to the points `x`: see `FieldTerms`.
 
     Args:
         x, y: points [N, D] and [M, D], one dtype and device; any strides.
@@ -98,16 +98,17 @@ def field_terms(
         needs_grad: whether the gradient is wanted.
         tiles: tile shape; None takes it from the table.
 
-    Returns:
-        Energy above saturation of each point of `x`, [N], and d energy_i / d x_i, [N, D] or None;
-        float32 (float64 for float64 points, under the interpreter).
+    The energy and the gradient are float32 (float64 for float64 points, under the interpreter).
     """
     n, dim = x.shape
     real = torch.promote_types(x.dtype, torch.float32)
     if n == 0 or len(y) == 0:
-        return x.new_zeros(n, dtype=real), x.new_zeros(n, dim, dtype=real) if needs_grad else None
+        nothing = x.new_zeros(n, dtype=torch.int32)
+        still = x.new_zeros(n, dim, dtype=real) if needs_grad else None
+        return FieldTerms(x.new_zeros(n, dtype=real), nothing, nothing, still)
     tiles = tiles or tiles_for(dim, hip=torch.version.hip is not None)
     energy = x.new_empty(n, dtype=real)
+    attracting, repelling = x.new_empty(2, n, dtype=torch.int32)
     grad = x.new_empty(n, dim, dtype=real) if needs_grad else energy
     with torch.cuda.device_of(x):
         if exclude_self:
@@ -126,10 +127,9 @@ def field_terms(
         alpha = potential.alpha
         _force_kernel[(row_tiles, depth // tiles.depth_multiple if needs_grad else 1)](
             *acted_on.arguments(), acted_on.order, *acting.arguments(),
-            active, counts, energy, grad, 0, 0,
+            active, counts, energy, attracting, repelling, grad, 0, 0,
             n, dim, depth, coarse_depth,
-            alpha, potential.delta, potential.repulsion_radius,
-            -potential.attraction_constant, potential.repulsion_constant, potential.min_distance,
+            alpha, potential.delta, potential.repulsion_radius, potential.min_distance,
             (2 * coarse_depth + 16) * 2.0**-23,
             ALPHA=int(alpha) if alpha == int(alpha) else -1,
             SAME_CLOUD=exclude_self, NEEDS_GRAD=needs_grad, SLICES=tiles.slices,
@@ -137,7 +137,7 @@ def field_terms(
             BLOCK_K=tiles.block_k, BLOCK_D=tiles.block_d,
             **tiles.options(),
         )  # fmt: skip
-    return energy, grad if needs_grad else None
+    return FieldTerms(energy, attracting, repelling, grad if needs_grad else None)
 
 
 def _ranks(labels: Tensor) -> Tensor:

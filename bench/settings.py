@@ -1,0 +1,40 @@
+"""Settings of the studies. Imports nothing heavy, so that the command line answers at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class RetrievalSettings:
+    """Settings of one retrieval run; the defaults are sized for two CPU cores.
+
+    Args:
+        epochs: passes over as many images as the training set has.
+        seed: of the network, the proxies, the batches and their augmentation. The split into
+            training and test classes and the test images do not depend on it.
+        device: one of `DEVICES`.
+        batch_size: images, a multiple of `images_per_class`.
+        images_per_class: of each class in a batch.
+        embedding_size: D.
+        proxies_per_class: M.
+        alpha, delta: the decay and the radius of the potential.
+        lr: Adam's learning rate for the network.
+        proxy_lr_mult: the proxies' learning rate, in units of `lr`.
+        threads: CPU threads of PyTorch, None for its own choice.
+    """
+
+    epochs: int = 20
+    seed: int = 0
+    device: str = "auto"
+    batch_size: int = 128
+    images_per_class: int = 4
+    embedding_size: int = 64
+    proxies_per_class: int = 5
+    alpha: float = 3.0
+    delta: float = 0.2
+    lr: float = 3e-3
+    proxy_lr_mult: float = 100.0
+    threads: int | None = None

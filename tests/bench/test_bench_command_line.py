@@ -1,0 +1,90 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import __main__ as command_line
+from bench import figures, retrieval
+
+ROOT = Path(__file__).parents[2]
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "bench", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--help"], ["retrieval", "figure"]),
+        (["retrieval", "--help"], ["--epochs", "--device", "{auto,cpu,cuda}", "--out"]),
+        (["figure", "--help"], ["--out"]),
+    ],
+)
+def test_help(arguments: list[str], words: list[str]) -> None:
+    result = bench(*arguments)
+    assert result.returncode == 0
+    assert not [word for word in words if word not in result.stdout]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["COMMAND"]),
+        (["nothing"], ["'nothing'", "retrieval", "figure"]),
+        (["retrieval", "--device", "tpu"], ["'tpu'", "auto", "cpu", "cuda"]),
+        (["retrieval", "--epochs", "many"], ["--epochs", "'many'"]),
+        (["figure"], ["--out"]),
+    ],
+)
+def test_wrong_usage_names_the_choices(arguments: list[str], words: list[str]) -> None:
+    result = bench(*arguments)
+    assert result.returncode == 2
+    assert not [word for word in words if word not in result.stderr]
+
+
+def test_a_wrong_value_is_an_error_without_a_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert command_line.main(["retrieval", "--epochs", "0", "--out", str(out)]) == 2
+    assert "epochs must be at least 1, got 0" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_figure_writes_into_a_new_folder(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "toy.png"
+    assert command_line.main(["figure", "--out", str(path)]) == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_unknown_picture_format_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command_line.main(["figure", "--out", str(tmp_path / "toy.nothing")]) == 2
+    assert "png" in capsys.readouterr().err
+
+
+def test_options_become_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen = []
+    monkeypatch.setattr(retrieval, "run", lambda settings, out: seen.append((settings, out)))
+    options = "--epochs 3 --seed 4 --device cpu --batch-size 60 --images-per-class 5"
+    options += " --embedding-size 32 --proxies-per-class 2 --alpha 1.5 --delta 0.3 --lr 0.01"
+    options += " --proxy-lr-mult 7 --threads 1"
+    assert command_line.main(["retrieval", *options.split(), "--out", str(tmp_path)]) == 0
+    expected = retrieval.RetrievalSettings(3, 4, "cpu", 60, 5, 32, 2, 1.5, 0.3, 0.01, 7.0, 1)
+    assert seen == [(expected, tmp_path)]
+
+
+def test_interrupt_exits_cleanly(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(figures, "class_field_figure", interrupted)
+    assert command_line.main(["figure", "--out", "unwritten.png"]) == command_line.INTERRUPTED
+    assert "Interrupted" in capsys.readouterr().err
