@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 
 from pfml_triton.kernels import launch
 
@@ -30,7 +30,7 @@ _TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
-_OPTIONS = ("num_warps", "num_stages", "maxnreg")
+_OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 _LOCAL_MEMORY = re.compile(r"\b(?:LDL|STL)\b")
 _NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -69,37 +69,41 @@ class Launch:
 
     def compile(self, arch: str) -> Any:
         """Compile for `arch`, specialised on these arguments as Triton's JIT does it."""
+        target = target_of(arch)
+        backend = make_backend(target)
         signature, constexprs, attributes = {}, {}, {}
         for i, parameter in enumerate(self.kernel.params):
             value = self.args[parameter.name]
-            if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+            if self._is_constant(parameter):
                 signature[parameter.name] = "constexpr"
                 constexprs[parameter.name] = value
                 continue
+            specialised = ""
             if isinstance(value, torch.Tensor):
                 signature[parameter.name] = "*" + _TYPES[value.dtype]
-                aligned = value.data_ptr() % 16 == 0
+                specialised = backend.get_tensor_specialization(value, align=True)
             elif isinstance(value, int):
                 signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
-                aligned = value % 16 == 0
+                if not parameter.do_not_specialize:
+                    specialised = backend.get_int_specialization(value, align=True)
             else:
                 signature[parameter.name] = "fp32"
-                aligned = False
-            if aligned:
-                attributes[i,] = [["tt.divisibility", 16]]
+            if specialised:
+                attributes[i,] = backend.parse_attr(specialised)
         source = ASTSource(
             fn=self.kernel, signature=signature, constexprs=constexprs, attrs=attributes
         )
-        return triton.compile(source, target=target_of(arch), options=self.options)
+        return triton.compile(source, target=target, options=self.options)
 
     def runtime_args(self) -> list[Any]:
         """The arguments that the compiled kernel takes, in order, without constexprs."""
-        return [
-            self.args[p.name]
-            for p in self.kernel.params
-            if not p.is_constexpr
-            and not (isinstance(self.args[p.name], int) and self.args[p.name] == 1)
-        ]
+        return [self.args[p.name] for p in self.kernel.params if not self._is_constant(p)]
+
+    def _is_constant(self, parameter: Any) -> bool:
+        """Whether a parameter is compiled in: a constexpr, or an integer that is 1."""
+        value = self.args[parameter.name]
+        is_one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        return parameter.is_constexpr or is_one
 
 
 @dataclass

@@ -86,9 +86,12 @@ def potential_energy(
         if sources is not None:
             _check_finite(sources, "sources")
     field_terms = _choose_backend(backend, points, potential)
-    value: Tensor = _PotentialEnergy.apply(
-        points, labels, sources, source_labels, potential, reduction, field_terms
-    )
+    # float32 is float32, whatever the ambient autocast dtype is.
+    with torch.autocast(points.device.type, enabled=False):
+        value: Tensor = _PotentialEnergy.apply(
+            points, labels, sources, source_labels, potential, reduction, field_terms,
+            torch.is_grad_enabled(),
+        )  # fmt: skip
     return value
 
 
@@ -112,7 +115,7 @@ def class_potential(
         points: [N, D], the dtype and device of `queries`: what induces the field. No gradient
             flows to them.
         labels: [N], any integer dtype.
-        class_index: the class j; any integer, with or without points.
+        class_index: the class j; any int64, with or without points.
         potential, backend, validate: as in `potential_energy`.
 
     Returns:
@@ -128,6 +131,8 @@ def class_potential(
     _check_match(queries, "queries", points, "points")
     if isinstance(class_index, bool) or not isinstance(class_index, int):
         raise TypeError(f"class_index must be an int, got {class_index!r}")
+    if not -(2**63) <= class_index < 2**63:
+        raise ValueError(f"class_index must be in [-2**63, 2**63), got {class_index}")
     if points.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             "class_potential is differentiable in queries only, got points that require a "
@@ -137,9 +142,10 @@ def class_potential(
         _check_finite(queries, "queries")
         _check_finite(points, "points")
     field_terms = _choose_backend(backend, queries, potential)
-    value: Tensor = _ClassPotential.apply(
-        queries, points, labels, class_index, potential, field_terms
-    )
+    with torch.autocast(queries.device.type, enabled=False):
+        value: Tensor = _ClassPotential.apply(
+            queries, points, labels, class_index, potential, field_terms, torch.is_grad_enabled()
+        )
     return value
 
 
@@ -154,9 +160,10 @@ class _PotentialEnergy(torch.autograd.Function):
         potential: Potential,
         reduction: str,
         field_terms: Backend,
+        records: bool,
     ) -> Tensor:
-        needs_points, needs_sources = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
-        labels = labels.to(torch.int64)
+        needs_points, _, needs_sources = (records and need for need in ctx.needs_input_grad[:3])
+        labels = labels.to(torch.int64).contiguous()
         n = len(points)
         terms = field_terms(
             points, labels, points, labels, potential,
@@ -166,9 +173,10 @@ class _PotentialEnergy(torch.autograd.Function):
         grad = None if terms.grad is None else terms.grad.mul_(2)
         pairs, source_grad = n * (n - 1), None
         own_class = _pairs_of_one_class(labels, labels) - n
-        total = _energy(_summed(terms), own_class, pairs, potential) + _nan_unless_finite(points)
+        total = _energy(_summed(terms), own_class, pairs, potential)
+        nothing = _nan_unless_finite(points).sum()
         if sources is not None and source_labels is not None:
-            source_labels = source_labels.to(torch.int64)
+            source_labels = source_labels.to(torch.int64).contiguous()
             terms = field_terms(
                 points, labels, sources, source_labels, potential,
                 exclude_self=False, needs_grad=needs_points,
@@ -181,23 +189,23 @@ class _PotentialEnergy(torch.autograd.Function):
                     exclude_self=False, needs_grad=True,
                 ).grad  # fmt: skip
             own_class = _pairs_of_one_class(labels, source_labels)
-            mixed = _energy(_summed(terms), own_class, n * len(sources), potential)
-            total = total + mixed + _nan_unless_finite(sources)
+            total = total + _energy(_summed(terms), own_class, n * len(sources), potential)
+            nothing = nothing + _nan_unless_finite(sources).sum()
             pairs += n * len(sources)
         scale = 1.0 / max(pairs, 1) if reduction == "mean" else 1.0
-        ctx.save_for_backward(points, sources, grad, source_grad)
+        ctx.save_for_backward(points, sources, grad, source_grad, nothing)
         ctx.scale = scale
-        return (total * scale).to(torch.promote_types(points.dtype, torch.float32))
+        return (total * scale + nothing).to(torch.promote_types(points.dtype, torch.float32))
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        points, sources, grad, source_grad = ctx.saved_tensors
-        factor = grad_output * ctx.scale
+        points, sources, grad, source_grad, nothing = ctx.saved_tensors
+        factor = grad_output * ctx.scale + nothing
         first, third = (
             None if g is None else _scaled(g, factor, x)
             for g, x in ((grad, points), (source_grad, sources))
         )
-        return first, None, third, None, None, None, None
+        return first, None, third, None, None, None, None, None
 
 
 class _ClassPotential(torch.autograd.Function):
@@ -210,23 +218,25 @@ class _ClassPotential(torch.autograd.Function):
         class_index: int,
         potential: Potential,
         field_terms: Backend,
+        records: bool,
     ) -> Tensor:
-        labels = labels.to(torch.int64)
+        labels = labels.to(torch.int64).contiguous()
         terms = field_terms(
             queries, labels.new_full((len(queries),), class_index), points, labels, potential,
-            exclude_self=False, needs_grad=ctx.needs_input_grad[0],
+            exclude_self=False, needs_grad=records and ctx.needs_input_grad[0],
         )  # fmt: skip
         own_class = (labels == class_index).sum()
         psi = _energy(terms, own_class, len(points), potential)
-        psi = psi + _nan_unless_finite(queries, 1) + _nan_unless_finite(points)
-        ctx.save_for_backward(queries, terms.grad)
-        return psi.to(torch.promote_types(queries.dtype, torch.float32))
+        nothing = _nan_unless_finite(queries) + _nan_unless_finite(points).sum()
+        ctx.save_for_backward(queries, terms.grad, nothing)
+        return (psi + nothing).to(torch.promote_types(queries.dtype, torch.float32))
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        queries, grad = ctx.saved_tensors
-        first = None if grad is None else _scaled(grad, grad_output[:, None], queries)
-        return first, None, None, None, None, None
+        queries, grad, nothing = ctx.saved_tensors
+        factor = (grad_output + nothing)[:, None]
+        first = None if grad is None else _scaled(grad, factor, queries)
+        return first, None, None, None, None, None, None
 
 
 class _OnceDifferentiable(torch.autograd.Function):
@@ -280,21 +290,22 @@ def _summed(terms: FieldTerms) -> FieldTerms:
     return FieldTerms(energy, terms.attracting.sum(), terms.repelling.sum(), None)
 
 
-def _nan_unless_finite(points: Tensor, dim: int | None = None) -> Tensor:
-    """0, or NaN where `points` are not finite: a NaN point is near to nothing and exerts no force,
-    so that without this it would vanish from the energy instead of showing."""
-    zero = points.detach() * 0
-    return zero.sum() if dim is None else zero.sum(dim)
+def _nan_unless_finite(points: Tensor) -> Tensor:
+    """0 for each point [N], or NaN where it or its squared norm is not finite: such a point is near
+    to nothing and exerts no force, so that without this it would vanish instead of showing."""
+    dtype = torch.promote_types(points.dtype, torch.float32)
+    return torch.linalg.vector_norm(points.detach(), dim=1, dtype=dtype) * 0
 
 
 def _choose_backend(backend: str, points: Tensor, potential: Potential) -> Backend:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
-    if points.dtype != torch.float64 and potential.max_stiffness > 1e37:
+    largest = 1e300 if points.dtype == torch.float64 else 1e37
+    if potential.max_stiffness > largest:
         raise ValueError(
-            "the force of this potential overflows float32: alpha * min_distance^-(alpha + 2) must "
-            f"be <= 1e37, got {potential.max_stiffness:.3g} for alpha = {potential.alpha}, "
-            f"min_distance = {potential.min_distance}; raise min_distance or use float64"
+            f"the force of this potential overflows: alpha * min_distance^-(alpha + 2) must be <= "
+            f"{largest:g} for {points.dtype}, got {potential.max_stiffness:.3g} for "
+            f"alpha = {potential.alpha}, min_distance = {potential.min_distance}"
         )
     if backend == "torch":
         return torch_backend.field_terms
@@ -324,6 +335,8 @@ def _check_points(points: Tensor, name: str, size: str) -> None:
     if points.dtype not in _DTYPES:
         expected = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES)
         raise TypeError(f"{name} must have dtype {expected}, got {points.dtype}")
+    if points.layout != torch.strided:
+        raise TypeError(f"{name} must be dense (torch.strided), got {points.layout}")
     if points.dim() != 2 or points.shape[1] < 1:
         raise ValueError(f"{name} must be [{size}, D] with D >= 1, got {list(points.shape)}")
 
@@ -333,6 +346,8 @@ def _check_labels(labels: Tensor, name: str) -> None:
         raise TypeError(f"{name} must be a Tensor, got {type(labels).__name__}")
     if labels.dtype not in _INTEGERS:
         raise TypeError(f"{name} must have an integer dtype, got {labels.dtype}")
+    if labels.layout != torch.strided:
+        raise TypeError(f"{name} must be dense (torch.strided), got {labels.layout}")
 
 
 def _check_cloud(points: Tensor, labels: Tensor, name: str, labels_name: str, size: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -69,6 +70,9 @@ class PFMLLoss(nn.Module):
             raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+        for name, flag in (("normalize", normalize), ("validate", validate)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name} must be a bool, got {flag!r}")
         self.num_classes = num_classes
         self.embedding_size = embedding_size
         self.proxies_per_class = proxies_per_class
@@ -77,7 +81,9 @@ class PFMLLoss(nn.Module):
         self.reduction = reduction
         self.backend = backend
         self.validate = validate
-        self.proxies = nn.Parameter(torch.empty(num_classes, proxies_per_class, embedding_size))
+        self.proxies = nn.Parameter(
+            torch.empty(num_classes, proxies_per_class, embedding_size, dtype=torch.float32)
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -135,10 +141,15 @@ class PFMLLoss(nn.Module):
         sources = None
         if ref_emb is not None and ref_labels is not None:
             _check_cloud(ref_emb, ref_labels, "ref_emb", "ref_labels", "R")
+            if ref_emb.shape[1] != self.embedding_size or ref_emb.device != embeddings.device:
+                raise ValueError(
+                    f"ref_emb must be [R, {self.embedding_size}] on {embeddings.device}, "
+                    f"got {list(ref_emb.shape)} on {ref_emb.device}"
+                )
             if self.validate:
                 _check_finite(ref_emb, "ref_emb")
         dtype = torch.promote_types(embeddings.dtype, torch.float32)
-        # The field is computed in float32 whatever the ambient autocast dtype is.
+        # Normalised in float32, too, whatever the ambient autocast dtype is.
         with torch.autocast(embeddings.device.type, enabled=False):
             proxies = self.proxies.flatten(0, 1).to(dtype)
             points = self._place(torch.cat([embeddings.to(dtype), proxies]))
@@ -177,7 +188,15 @@ class PFMLLoss(nn.Module):
                 and 0.01).
             proxy_lr_mult: that factor.
             weight_decay: of the proxies.
+
+        Raises:
+            ValueError: a number that is negative or not finite.
         """
+        for name, value in (
+            ("lr", lr), ("proxy_lr_mult", proxy_lr_mult), ("weight_decay", weight_decay)
+        ):  # fmt: skip
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be finite and >= 0, got {value}")
         return [{"params": [self.proxies], "lr": lr * proxy_lr_mult, "weight_decay": weight_decay}]
 
     def extra_repr(self) -> str:

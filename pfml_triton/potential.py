@@ -59,9 +59,13 @@ class Potential:
                 value = self.delta
             if isinstance(value, bool) or not isinstance(value, Real):
                 raise TypeError(f"{name} must be a real number, got {value!r}")
-            if not math.isfinite(value):
+            try:
+                number = float(value)
+            except OverflowError:
+                number = math.inf
+            if not math.isfinite(number):
                 raise ValueError(f"{name} must be finite, got {value!r}")
-            object.__setattr__(self, name, float(value))
+            object.__setattr__(self, name, number)
         if self.alpha < 0:
             raise ValueError(f"alpha must be >= 0, got {self.alpha}")
         if self.delta <= 0:
@@ -71,6 +75,11 @@ class Potential:
         if not 0 < self.min_distance < self.delta:
             raise ValueError(
                 f"min_distance must be in (0, delta) = (0, {self.delta}), got {self.min_distance}"
+            )
+        if self.min_distance < 1e-15 or self.repulsion_radius > 1e15:
+            raise ValueError(
+                "lengths must be in [1e-15, 1e15], so that float32 holds their squares, "
+                f"got min_distance = {self.min_distance}, delta_rep = {self.delta_rep}"
             )
 
     @property

@@ -1,10 +1,10 @@
-"""The field terms in plain torch: for the CPU, and for every device without our kernels.
+"""The field terms in plain torch: for the CPU, and for any device that has float64.
 
 The same two steps as the kernels. *Nominate*: a matrix product gives -d^2/2 of every pair of a
 row block, and a threshold that allows for its rounding keeps the pairs that may exert force.
 *Evaluate*: the kept pairs, few in a trained embedding, are computed from the differences of their
 points, which is exact however near they are. A block in which many pairs act is done as a dense
-tile in float64 instead, where |x|^2 + |y|^2 - 2 x.y loses nothing that float32 could hold.
+tile in float64 instead, all but the pairs that are too near even for that.
 
 Never N x N: a row block times all columns is at most `_BLOCK_PAIRS` entries.
 """
@@ -51,27 +51,26 @@ def field_terms(
     if n == 0 or len(y) == 0:
         return terms
 
-    # [x, 1, -|x|^2/2] . [y, -|y|^2/2, 1] = -d^2/2. A sum of depth + 2 products in any order is off
-    # by at most (depth + 2) u (|x| |y| + (|x|^2 + |y|^2)/2) <= (depth + 2) u (|x|^2 + |y|^2), and
-    # the norms' own rounding adds as much again: twice that on d^2, with something to spare.
-    half_x, half_y = x.square().sum(1).mul_(0.5), y.square().sum(1).mul_(0.5)
+    # [x, 1, -|x|^2/2] . [y, -|y|^2/2, 1] = -d^2/2, to within slack (|x|^2 + |y|^2) / 2, which the
+    # halved squares give away beforehand.
+    less = 0.5 * (1 - _slack(depth, dtype))
+    half_x, half_y = x.square().sum(1).mul_(less), y.square().sum(1).mul_(less)
     ones_x, ones_y = torch.ones_like(half_x), torch.ones_like(half_y)
     lifted_y = torch.cat([y, -half_y[:, None], ones_y[:, None]], 1)
-    slack = 4 * (depth + 8) * torch.finfo(dtype).eps
-    radius2 = potential.repulsion_radius**2
-    near = -0.5 * radius2 - slack * (half_x + half_y.max())
+    near = -0.5 * potential.repulsion_radius**2
 
     first = torch.searchsorted(y_labels, x_labels)
     last = torch.searchsorted(y_labels, x_labels, right=True)
     itself = torch.empty_like(order)
     itself[order] = torch.arange(len(order), device=order.device)
 
+    origin = y.mean(0, dtype=torch.float64)
     step = max(1, _BLOCK_PAIRS // len(y))
     for start in range(0, n, step):
         rows = slice(start, min(start + step, n))
         block_x = x[rows]
         lifted_x = torch.cat([block_x, ones_x[rows, None], -half_x[rows, None]], 1)
-        near_mask = (lifted_x @ lifted_y.T) > near[rows, None]
+        near_mask = (lifted_x @ lifted_y.T) > near
         # Attraction is long-ranged: its pairs are the runs of equal labels, whatever the distance.
         run = last[rows] - first[rows]
         pairs = int(near_mask.sum()) + int(run.sum())
@@ -79,7 +78,9 @@ def field_terms(
         # Float64 points have no wider type to hide the cancellation in: always by differences.
         if pairs > _DENSE_SHARE * near_mask.numel() and dtype != torch.float64:
             del near_mask
-            block = _dense_block(block_x, x_labels[rows], y, y_labels, potential, own, needs_grad)
+            block = _dense_block(
+                block_x, x_labels[rows], y, y_labels, potential, own, origin, needs_grad
+            )
         else:
             i, j = near_mask.nonzero(as_tuple=True)
             other = x_labels[rows][i] != y_labels[j]
@@ -98,6 +99,21 @@ def field_terms(
             if whole is not None and part is not None:
                 whole[rows] = part
     return terms
+
+
+def _slack(depth: int, dtype: torch.dtype) -> float:
+    """Bound of the error of the nominating product, in units of (|x|^2 + |y|^2) / 2.
+
+    A sum of depth + 2 products in any order is off by at most (depth + 2) u of the sum of their
+    sizes, which is |x| |y| + (|x|^2 + |y|^2) / 2 or less; the norms' rounding adds as much again.
+    PyTorch may also have been allowed to round the factors, to bfloat16 at worst: 2^-8 each.
+    """
+    slack = 8 * (depth + 8) * torch.finfo(dtype).eps
+    try:
+        exact = dtype == torch.float64 or torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # set for one backend in the newer way: it does not say which
+        exact = False
+    return slack if exact else slack + 2.0**-5
 
 
 def _no_terms(x: Tensor, needs_grad: bool) -> FieldTerms:
@@ -142,20 +158,23 @@ def _dense_block(
     y_labels: Tensor,
     potential: Potential,
     own: Tensor | None,
+    origin: Tensor,
     needs_grad: bool,
 ) -> FieldTerms:
     """The terms of rows `x` [R, D] in the field of all of `y`, in float64 tiles.
 
-    `own` [R] holds the column of each row's own point, or None.
+    `own` [R] holds the column of each row's own point, or None; `origin` [D] is amid the points.
     """
-    dtype = x.dtype
-    x = x.double()
+    points, dtype = x, x.dtype
+    x = x.double() - origin
     norm_x = x.square().sum(1)
-    terms = _no_terms(x, needs_grad)
+    terms = _no_terms(x, needs_grad)  # float64 like x
     for start in range(0, len(y), _TILE):
-        tile = y[start : start + _TILE].double()
-        d2 = torch.addmm(tile.square().sum(1), x, tile.T, alpha=-2).add_(norm_x[:, None])
+        tile = y[start : start + _TILE].double() - origin
+        norm_y = tile.square().sum(1)
+        d2 = torch.addmm(norm_y, x, tile.T, alpha=-2).add_(norm_x[:, None])
         same = x_labels[:, None] == y_labels[None, start : start + _TILE]
+        norms = norm_x[:, None] + norm_y
         psi, w, active = potential.pair_terms(d2.clamp_min_(0).to(dtype), same)
         if own is not None:
             i = torch.arange(len(x), device=x.device)
@@ -164,6 +183,19 @@ def _dense_block(
             psi[i, j] = 0
             w[i, j] = 0
             active[i, j] = False
+        # Too near for float64: d^2 cancels, or w in the softened core outgrows the differences.
+        close = active & (d2 < (1e-8 * norms).clamp_min_(4 * potential.min_distance**2))
+        i, j = close.nonzero(as_tuple=True)
+        if len(i):
+            psi[i, j] = 0
+            w[i, j] = 0
+            active[i, j] = False
+            near = _gathered_pairs(
+                points, y[start : start + _TILE], i, j, same[i, j], potential, needs_grad
+            )
+            for whole, part in zip(terms, near, strict=True):
+                if whole is not None and part is not None:
+                    whole.add_(part)
         terms.energy.add_(psi.sum(1, dtype=torch.float64))
         terms.attracting.add_((active & same).sum(1))
         terms.repelling.add_((active & ~same).sum(1))

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
+from unittest import mock
 
 Shape = tuple[str, str, int]  # architecture, dtype, depth
 
@@ -45,6 +47,36 @@ def machine_code(shape: Shape, alpha: float = 3.0) -> dict[str, Any]:
                 if name not in codes:
                     codes[name] = aot.inspect(made.compile(arch))
     return codes
+
+
+def synchronisations(call: str) -> int:
+    """Make a call on meta tensors with the kernels recorded; looking at a value raises.
+
+    Returns the number of launches.
+    """
+    import torch
+
+    from bench import aot
+    from pfml_triton import PFMLLoss, class_potential, functional, potential_energy
+
+    x = torch.randn(70, 20, device="meta", requires_grad=True)
+    labels = torch.zeros(70, dtype=torch.int32, device="meta")
+    loss = PFMLLoss(5, 20, backend="triton").to("meta")
+    calls = {
+        "potential_energy": lambda: potential_energy(x, labels, backend="triton"),
+        "sources": lambda: potential_energy(
+            x, labels, sources=x + 1, source_labels=labels, backend="triton"
+        ),
+        "class_potential": lambda: class_potential(x, x.detach(), labels, 0, backend="triton"),
+        "PFMLLoss": lambda: loss(x, labels),
+    }
+    with (
+        mock.patch.object(functional._triton_backend, "obstacle", return_value=None),
+        mock.patch.object(torch, "autocast", return_value=nullcontext()),  # not for meta
+        aot.record() as launches,
+    ):
+        calls[call]().sum().backward()
+    return len(launches)
 
 
 @cache

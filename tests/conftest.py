@@ -4,7 +4,6 @@ import os
 
 # Read when triton is imported, so it comes before everything else.
 os.environ["TRITON_INTERPRET"] = "1"
-os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"
 
 import multiprocessing
 from collections.abc import Iterator

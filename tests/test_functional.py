@@ -100,6 +100,10 @@ def test_a_point_that_is_not_finite_shows(bad: float, backend: str) -> None:
     assert torch.isnan(
         potential_energy(X, LABELS, sources=x, source_labels=LABELS, backend=backend)
     )
+    y = x.clone().requires_grad_()
+    potential_energy(y, LABELS, backend=backend).backward()
+    assert y.grad is not None
+    assert torch.isnan(y.grad).all()
     field = class_potential(x, X, LABELS, 0, backend=backend)
     assert torch.isnan(field).nonzero().flatten().tolist() == [3]
     assert torch.isnan(class_potential(X, x, LABELS, 0, backend=backend)).all()
@@ -113,6 +117,29 @@ def test_a_point_that_is_not_finite_shows(bad: float, backend: str) -> None:
     ):
         with pytest.raises(ValueError, match="NaN or Inf in 1 of 20 rows, the first being row 3"):
             call()
+
+
+@backends
+def test_norms_beyond_float32_show(backend: str) -> None:
+    x = torch.tensor([[1e20, 0.0], [1e20, 0.0], [-1e20, 0.0]])
+    assert torch.isnan(potential_energy(x, torch.tensor([0, 1, 0]), backend=backend))
+
+
+def test_no_gradient_is_computed_under_no_grad(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        asked.append(kwargs["needs_grad"])
+        return field_terms(*args, **kwargs)
+
+    field_terms = functional.torch_backend.field_terms
+    monkeypatch.setattr(functional.torch_backend, "field_terms", spy)
+    x = X.clone().requires_grad_()
+    with torch.no_grad():
+        potential_energy(x, LABELS)
+        class_potential(x, X, LABELS, 0)
+    potential_energy(x, LABELS)
+    assert asked == [False, False, True]
 
 
 @backends
@@ -139,6 +166,7 @@ def test_double_backward_is_refused() -> None:
         ({"points": X[:, :0]}, ValueError, r"got \[20, 0\]"),
         ({"points": X.int()}, TypeError, "points must have dtype float32, .*, got torch.int32"),
         ({"points": X[:7]}, ValueError, r"labels must be \[N\] with N = 7, .*, got \[20\]"),
+        ({"points": X.to_sparse()}, TypeError, "points must be dense .*, got torch.sparse_coo"),
         ({"labels": LABELS.float()}, TypeError, "integer dtype, got torch.float32"),
         ({"labels": LABELS.bool()}, TypeError, "integer dtype, got torch.bool"),
         ({"labels": LABELS[:, None]}, ValueError, r"got \[20, 1\]"),
@@ -162,7 +190,7 @@ def test_double_backward_is_refused() -> None:
         (
             {"potential": Potential(8.0, 0.2, None, 1e-4)},
             ValueError,
-            "overflows float32: .* got 8e\\+40 for alpha = 8.0, min_distance = 0.0001",
+            "overflows: .* for torch.float32, got 8e\\+40 for alpha = 8.0, min_distance = 0.0001",
         ),
     ],
 )
@@ -178,6 +206,7 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], says: str) ->
     [
         ({"queries": X[:, :2]}, ValueError, r"one depth D, got \[20, 2\] and \[20, 4\]"),
         ({"queries": X.half()}, TypeError, "dtype of points, torch.float32, got torch.float16"),
+        ({"class_index": 2**63}, ValueError, r"in \[-2\*\*63, 2\*\*63\), got 9223372036854775808"),
         ({"class_index": 1.0}, TypeError, "class_index must be an int, got 1.0"),
         ({"points": X.clone().requires_grad_()}, ValueError, r"pass points.detach\(\)"),
     ],

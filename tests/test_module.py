@@ -83,11 +83,12 @@ def test_embeddings_of_other_dtypes(dtype: torch.dtype) -> None:
 
 
 def test_autocast_does_not_change_the_loss() -> None:
-    loss = PFMLLoss(C, D, M)
+    """Many classes far apart, so that the backend takes its matrix product."""
+    loss = PFMLLoss(200, 16, 1)
+    x = torch.randn(200, 16)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(loss(EMBEDDINGS, LABELS), loss(EMBEDDINGS, LABELS))
-        inside = loss(EMBEDDINGS, LABELS)
-    assert torch.equal(inside, loss(EMBEDDINGS, LABELS))
+        inside = loss(x, torch.arange(200))
+    assert torch.equal(inside, loss(x, torch.arange(200)))
 
 
 def test_reference_embeddings_add_their_field_without_receiving_force() -> None:
@@ -137,6 +138,8 @@ def test_parameter_groups() -> None:
     assert group["params"] == [loss.proxies]
     assert group["lr"] == pytest.approx(0.01)
     assert group["weight_decay"] == 0
+    with pytest.raises(ValueError, match="lr must be finite and >= 0, got -1"):
+        loss.param_groups(-1)
     assert loss.param_groups(1.0, 3.0, 0.5)[0] | {"params": None} == {
         "params": None, "lr": 3.0, "weight_decay": 0.5,
     }  # fmt: skip
@@ -167,6 +170,8 @@ def test_state_copies_and_reloads() -> None:
         ({"delta": -1}, ValueError, "delta must be > 0, got -1"),
         ({"delta_rep": 0.1}, ValueError, "delta_rep must be >= delta = 0.2, got 0.1"),
         ({"reduction": "max"}, ValueError, r"one of \('sum', 'mean'\), got 'max'"),
+        ({"normalize": "no"}, TypeError, "normalize must be a bool, got 'no'"),
+        ({"validate": 1}, TypeError, "validate must be a bool, got 1"),
         ({"backend": "numpy"}, ValueError, r"one of \('auto', 'triton', 'torch'\), got 'numpy'"),
     ],
 )
@@ -186,6 +191,11 @@ def test_bad_settings(arguments: dict[str, Any], error: type[Exception], says: s
         ((EMBEDDINGS, LABELS - 1), ValueError, r"labels must be in \[0, 4\), got .* \[-1, 2\]"),
         ((EMBEDDINGS, LABELS, (1, 2, 3)), ValueError, "no tuples to mine, got tuple"),
         ((EMBEDDINGS, LABELS, None, EMBEDDINGS), ValueError, "go together"),
+        (
+            (EMBEDDINGS, LABELS, None, EMBEDDINGS[:, :3], LABELS),
+            ValueError,
+            r"ref_emb must be \[R, 6\] on cpu, got \[12, 3\] on cpu",
+        ),
         ((EMBEDDINGS.to("meta"), LABELS.to("meta")), ValueError, "proxies, cpu, got meta"),
     ],
 )

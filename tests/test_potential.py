@@ -58,6 +58,9 @@ def test_coinciding_points_exert_no_force() -> None:
         ({"delta": 0.3, "delta_rep": 0.2}, ValueError, r"delta_rep must be >= delta = 0.3, got"),
         ({"min_distance": 0}, ValueError, r"min_distance must be in \(0, delta\) .*, got 0"),
         ({"min_distance": 0.2}, ValueError, r"\(0, 0.2\), got 0.2"),
+        ({"alpha": 10**400}, ValueError, "alpha must be finite, got 1000"),
+        ({"delta": 1e160}, ValueError, r"lengths must be in \[1e-15, 1e15\], .* = 1e\+160"),
+        ({"min_distance": 1e-200}, ValueError, r"got min_distance = 1e-200"),
         ({"min_distance": None}, TypeError, r"min_distance must be a real number, got None"),
     ],
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+FUSED = {"enable_fp_fusion": True}  # stated, for its default differs between Tritons
 PACK_ROWS = 16  # rows that one program of the pack kernel copies
 MAX_SLICES = 4  # of 128: with five, the gradients no longer fit the registers
 
@@ -36,7 +37,7 @@ class Tiles:
 
     def options(self) -> dict[str, int]:
         """The launch options of Triton."""
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        options = FUSED | {"num_warps": self.num_warps, "num_stages": self.num_stages}
         return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
 
 

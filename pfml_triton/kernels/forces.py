@@ -9,10 +9,11 @@ r_x + r_y. The computed square of d~,
 
     s = |x~|^2 + |y~|^2 - 2 x~.y~        over a depth of K,
 
-is made of products that are exact in float32 and of sums of K terms in any order, each addition off
-by at most 2^-23 of its result even where the hardware truncates. Since |x~.y~| is at most
-(|x~|^2 + |y~|^2) / 2, |s - d~^2| <= slack (|x~|^2 + |y~|^2) with slack = (2 K + 16) 2^-23, and a
-pair can exert force only if
+is made of products that are exact in float32, and of sums of K terms. Tensor cores align the terms
+of an addition to the largest and truncate, so an addition is off by at most 2^-23 of that, and no
+term and no partial sum exceeds |x~| |y~| <= (|x~|^2 + |y~|^2) / 2. The product is off by at most
+K 2^-23 (|x~|^2 + |y~|^2), the norms by half as much, and a few roundings follow. With slack =
+(2 K + 16) 2^-23, |s - d~^2| <= slack (|x~|^2 + |y~|^2), and a pair can exert force only if
 
     classes differ and  s <  (delta_rep + r_x + r_y)^2 + slack (|x~|^2 + |y~|^2),  or
     classes agree  and  s >= max(delta - r_x - r_y, 0)^2 - slack (|x~|^2 + |y~|^2).
@@ -30,20 +31,23 @@ import triton.language as tl
 
 
 @triton.jit
-def _phi_and_stiffness(d2, alpha, ALPHA: tl.constexpr):
-    """phi(d) and k(d) = -phi'(d) / d at d^2 > 0; ALPHA < 0 stands for one that is no integer."""
-    if ALPHA == 0:
-        phi = -0.5 * tl.log(d2)
-        stiffness = 1.0 / d2
-    elif ALPHA > 0:
-        inverse = tl.rsqrt(d2)
-        phi = inverse
-        for power in tl.static_range(ALPHA - 1):
-            phi = phi * inverse
-        stiffness = alpha * phi * inverse * inverse
+def _phi_and_stiffness(d2, alpha, residue, ALPHA: tl.constexpr, IS_INTEGER: tl.constexpr):
+    """phi(d) and k(d) = -phi'(d) / d at d^2 > 0, where alpha = ALPHA + residue, |residue| <= 1/2.
+
+    The integer part by multiplications: an exponential of all of alpha log d would lose as many
+    bits as that number has before its point.
+    """
+    inverse = tl.rsqrt(d2)
+    if IS_INTEGER and ALPHA == 0:
+        phi = tl.log(inverse)
+        stiffness = inverse * inverse
     else:
-        phi = tl.exp2(-0.5 * alpha * tl.log2(d2))
-        stiffness = alpha * phi / d2
+        phi = inverse * 0 + 1
+        for power in tl.static_range(ALPHA):
+            phi = phi * inverse
+        if not IS_INTEGER:
+            phi = phi * tl.exp2(residue * tl.log2(inverse))
+        stiffness = alpha * phi * inverse * inverse
     return phi, stiffness
 
 
@@ -62,11 +66,11 @@ def _difference(x_ptr, x_row, y_ptr, y_row, d):
     return x.to(real) - y.to(real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _force_kernel(
     x_ptr,  # [P, depth], points that are acted on; padded rows are zero
     x_coarse_ptr,  # [P, depth] bfloat16, the same rounded
-    x_label_ptr,  # [P] int32
+    x_label_ptr,  # [P] int64
     x_sq_norm_ptr,  # [P], |coarse|^2; NaN in padded rows
     x_radius_ptr,  # [P], >= |point - coarse|
     order_ptr,  # [N] int64, the row of grad and energy that each row of x belongs to
@@ -88,11 +92,13 @@ def _force_kernel(
     depth,
     coarse_depth,
     alpha,
+    residue,
     att_radius,
     rep_radius,
     min_distance,
     slack,
     ALPHA: tl.constexpr,
+    IS_INTEGER: tl.constexpr,
     SAME_CLOUD: tl.constexpr,
     NEEDS_GRAD: tl.constexpr,
     SLICES: tl.constexpr,
@@ -154,6 +160,7 @@ def _force_kernel(
         if SAME_CLOUD:
             nominated = nominated & (rows[:, None] != cols[None, :])
         waiting = nominated.to(tl.int32)
+        tile_energy = tl.zeros((BLOCK_M,), real)
 
         # Evaluate
         for turn in range(tl.max(tl.sum(waiting, 1), 0)):
@@ -172,9 +179,9 @@ def _force_kernel(
             attracting += attracts.to(tl.int32)
             repelling += repels.to(tl.int32)
             clipped = tl.maximum(d2, core_sq_radius)
-            phi, stiffness = _phi_and_stiffness(clipped, alpha, ALPHA)
+            phi, stiffness = _phi_and_stiffness(clipped, alpha, residue, ALPHA, IS_INTEGER)
             repulsion = phi + 0.5 * stiffness * (clipped - d2)
-            energy += tl.where(attracts, -phi, tl.where(repels, repulsion, 0.0))
+            tile_energy += tl.where(attracts, -phi, tl.where(repels, repulsion, 0.0))
             if NEEDS_GRAD:
                 weight = tl.where(attracts, stiffness, tl.where(repels, -stiffness, 0.0))
                 updated = ()
@@ -188,6 +195,7 @@ def _force_kernel(
                     )
                     updated = updated + (grad[i] + weight[:, None] * difference,)
                 grad = updated
+        energy += tile_energy
 
     owned = rows < N
     out_row = tl.load(order_ptr + rows, mask=owned, other=0)

@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from ..potential import FieldTerms, Potential
-from .config import PACK_ROWS, Tiles, tiles_for
+from .config import FUSED, PACK_ROWS, Tiles, tiles_for
 from .forces import _force_kernel
 from .pack import _pack_kernel
 
@@ -40,7 +40,7 @@ class Cloud:
 
     points: Tensor  # [P, depth], the dtype of the caller's points
     coarse: Tensor  # [P, depth] bfloat16 (float32 holding bfloat16 values under the interpreter)
-    labels: Tensor  # [P] int32
+    labels: Tensor  # [P] int64
     sq_norm: Tensor  # [P] float32, NaN in padded rows
     radius: Tensor  # [P] float32
     order: Tensor  # [N] int64
@@ -50,7 +50,7 @@ class Cloud:
 
 
 def pack(x: Tensor, labels: Tensor, tiles: Tiles) -> Cloud:
-    """Order points `x` [N, D] by `labels` [N] int32, pad and coarsen them."""
+    """Order points `x` [N, D] by `labels` [N] int64, pad and coarsen them."""
     n, dim = x.shape
     rows = triton.cdiv(n, tiles.block_n) * tiles.block_n
     depth = triton.cdiv(dim, tiles.depth_multiple) * tiles.depth_multiple
@@ -73,7 +73,7 @@ def pack(x: Tensor, labels: Tensor, tiles: Tiles) -> Cloud:
     _pack_kernel[(rows // PACK_ROWS,)](
         x, order, points, coarse, sq_norm, radius,
         x.stride(0), x.stride(1), n, dim, depth,
-        COARSEN=coarsen, BLOCK_M=PACK_ROWS, BLOCK_D=tiles.block_d,
+        COARSEN=coarsen, BLOCK_M=PACK_ROWS, BLOCK_D=tiles.block_d, **FUSED,
     )  # fmt: skip
     return cloud
 
@@ -108,15 +108,11 @@ def field_terms(
         return FieldTerms(x.new_zeros(n, dtype=real), nothing, nothing, still)
     tiles = tiles or tiles_for(dim, hip=torch.version.hip is not None)
     energy = x.new_empty(n, dtype=real)
-    attracting, repelling = x.new_empty(2, n, dtype=torch.int32)
+    attracting, repelling = (x.new_empty(n, dtype=torch.int32) for _ in range(2))
     grad = x.new_empty(n, dim, dtype=real) if needs_grad else energy
     with torch.cuda.device_of(x):
-        if exclude_self:
-            ranks = _ranks(x_labels)
-            acted_on = acting = pack(x, ranks, tiles)
-        else:
-            ranks = _ranks(torch.cat([x_labels, y_labels]))
-            acted_on, acting = pack(x, ranks[:n], tiles), pack(y, ranks[n:], tiles)
+        acted_on = pack(x, x_labels, tiles)
+        acting = acted_on if exclude_self else pack(y, y_labels, tiles)
         # Every tile acts on every other. Which ones do not is the exact filter's to say.
         row_tiles = triton.cdiv(n, tiles.block_m)
         column_tiles = len(acting.points) // tiles.block_n
@@ -124,27 +120,18 @@ def field_terms(
         counts = torch.full((1,), column_tiles, dtype=torch.int32, device=x.device)
         depth = acted_on.points.shape[1]
         coarse_depth = triton.cdiv(dim, tiles.block_k) * tiles.block_k
-        alpha = potential.alpha
+        alpha, integer = potential.alpha, round(potential.alpha)
         _force_kernel[(row_tiles, depth // tiles.depth_multiple if needs_grad else 1)](
             *acted_on.arguments(), acted_on.order, *acting.arguments(),
             active, counts, energy, attracting, repelling, grad, 0, 0,
             n, dim, depth, coarse_depth,
-            alpha, potential.delta, potential.repulsion_radius, potential.min_distance,
+            alpha, alpha - integer,
+            potential.delta, potential.repulsion_radius, potential.min_distance,
             (2 * coarse_depth + 16) * 2.0**-23,
-            ALPHA=int(alpha) if alpha == int(alpha) else -1,
+            ALPHA=integer, IS_INTEGER=alpha == integer,
             SAME_CLOUD=exclude_self, NEEDS_GRAD=needs_grad, SLICES=tiles.slices,
             BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
             BLOCK_K=tiles.block_k, BLOCK_D=tiles.block_d,
             **tiles.options(),
         )  # fmt: skip
     return FieldTerms(energy, attracting, repelling, grad if needs_grad else None)
-
-
-def _ranks(labels: Tensor) -> Tensor:
-    """Labels [N] int64 of any value as int32 numbers that keep their order, without gaps."""
-    in_order, order = torch.sort(labels)
-    steps = torch.zeros_like(in_order, dtype=torch.int32)
-    steps[1:] = in_order[1:] != in_order[:-1]
-    ranks = torch.empty_like(steps)
-    ranks[order] = steps.cumsum(0, dtype=torch.int32)
-    return ranks

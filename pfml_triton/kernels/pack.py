@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _pack_kernel(
     x_ptr,  # [N, D], the caller's points, any strides
     order_ptr,  # [N] int64, which point comes in which row

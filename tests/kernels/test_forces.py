@@ -62,7 +62,7 @@ def test_sizes(n: int, depth: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, 2.0, 4.0, 6.0])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0, 2.0, 4.0, 5.5, 6.0, 7.3])
 def test_exponents(alpha: float, dtype: torch.dtype) -> None:
     check(*cloud("collisions", 30, 10, 3, dtype), Potential(alpha, 0.1875, 0.3125, CORE))
 
@@ -75,9 +75,8 @@ def test_exponents(alpha: float, dtype: torch.dtype) -> None:
         (20, 70, {"block_d": 16, "block_k": 16, "slices": 2}),
     ],
 )
-def test_tile_shapes_agree_bit_for_bit(n: int, depth: int, tiles: dict[str, int]) -> None:
-    """Pairs are taken in the order of their columns, whatever the tiles: only the depth is summed
-    in another order, in float64 here."""
+def test_tile_shapes_agree(n: int, depth: int, tiles: dict[str, int]) -> None:
+    """Sums run in another order, in float64 here."""
     x, labels = cloud("clusters", n, depth, 3, torch.float64)
     default = tiles_for(depth, hip=False)
     results = []
@@ -180,7 +179,7 @@ def test_two_clouds(dtype: torch.dtype) -> None:
 def test_padding_reads_nothing_uninitialised() -> None:
     """Packed buffers come from torch.empty, which holds NaN in these tests."""
     x, labels = cloud("clusters", 21, 5, 3, torch.float32)
-    packed = launch.pack(x, labels.int(), tiles_for(5, hip=False))
+    packed = launch.pack(x, labels, tiles_for(5, hip=False))
     assert torch.equal(packed.points[:21, :5], x[packed.order])
     assert not packed.points[21:].any()
     assert not packed.points[:, 5:].any()
@@ -192,18 +191,28 @@ def test_padding_reads_nothing_uninitialised() -> None:
     assert (packed.radius[:21] <= 2.0**-7 * packed.points[:21].norm(dim=1)).all()
 
 
-def test_nominated_pairs_include_all_that_exert_force() -> None:
-    """Pairs within a hair of the radii, where the coarse distance alone would say otherwise."""
+def test_results_are_the_same_bit_for_bit_every_time() -> None:
+    x, labels = cloud("collisions", 40, 12, 3, torch.float32)
+    first = field(x, labels)
+    for _ in range(3):
+        for a, b in zip(field(x, labels), first, strict=True):
+            assert torch.equal(a, b)
+
+
+# Each of these needs the margin of the nomination, or a part of it: without that part the coarse
+# distance is on the wrong side of the radius for some of the pairs.
+
+
+def test_nominated_at_the_radii() -> None:
+    """A hair inside delta_rep, a hair outside delta: coarse points alone would lose them."""
     g = torch.Generator().manual_seed(3)
+    unit = torch.nn.functional.normalize
+    a, step = (unit(torch.randn(20, 48, generator=g, dtype=torch.float64), dim=1) for _ in range(2))
     p = Potential(3.0, 0.2, 0.3)
-    a = torch.nn.functional.normalize(torch.randn(20, 48, generator=g, dtype=torch.float64), dim=1)
-    step = torch.nn.functional.normalize(
-        torch.randn(20, 48, generator=g, dtype=torch.float64), dim=1
-    )
     inside = 1 - 10 ** torch.linspace(-6, -3, 20, dtype=torch.float64)[:, None]
     for radius, factor, labels in (
-        (0.3, inside, torch.arange(40)),  # all classes differ: repelling, just inside delta_rep
-        (0.2, 1 / inside, torch.arange(20).repeat(2)),  # pairs of one class, just outside delta
+        (0.3, inside, torch.arange(40)),
+        (0.2, 1 / inside, torch.arange(20).repeat(2)),
     ):
         x = torch.cat([a, a + radius * factor * step]).float()
         energy, grad = energy_and_grad(x, labels, p)
@@ -211,3 +220,46 @@ def test_nominated_pairs_include_all_that_exert_force() -> None:
         assert (true_grad[:20].abs().sum(1) > 0).all()
         assert_near(grad, 0.25 * true_grad, torch.float32, what="gradient")
         assert_near(energy, true_energy, torch.float32, what="energy")
+
+
+def test_nominated_in_spite_of_the_products_rounding() -> None:
+    """Points that bfloat16 holds, of norm 500, within 3e-7 of delta_rep: the slack."""
+    g = torch.Generator().manual_seed(0)
+    for _ in range(40):
+        x = (64 * torch.randn(1, 64, generator=g)).bfloat16()
+        y = (x + 0.6 * torch.randn(1, 64, generator=g)).bfloat16()
+        d = (x.double() - y.double()).norm().item()
+        p = Potential(3.0, 0.5 * d, d * (1 + 3e-7))
+        labels = torch.arange(2)
+        terms = launch.field_terms(
+            x, labels[:1], y, labels[1:], p, exclude_self=False, needs_grad=False
+        )
+        assert terms.repelling.tolist() == [1]
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_nominated_with_one_coarse_cloud_exact(swapped: bool) -> None:
+    """x is a bfloat16 number, y is not: the radius of each side counts."""
+    g = torch.Generator().manual_seed(1)
+    step = torch.nn.functional.normalize(torch.rand(24, 16, generator=g), dim=1)
+    x, y = torch.full((24, 16), 4.0), 4.0 - 0.2499 * step
+    p = Potential(3.0, 0.25)
+    for i in range(24):
+        clouds = [(x[i : i + 1], torch.tensor([0])), (y[i : i + 1], torch.tensor([1]))]
+        (a, a_labels), (b, b_labels) = reversed(clouds) if swapped else clouds
+        terms = launch.field_terms(
+            a, a_labels, b, b_labels, p, exclude_self=False, needs_grad=False
+        )
+        assert terms.repelling.tolist() == [1]
+
+
+def test_nominated_where_the_margin_exceeds_the_radius() -> None:
+    """Norms of 320: coarse points are off by more than delta, so every pair of a class counts."""
+    g = torch.Generator().manual_seed(2)
+    x = 40 * torch.randn(24, 64, generator=g)
+    y = x + 0.27 * torch.nn.functional.normalize(torch.randn(24, 64, generator=g), dim=1)
+    labels = torch.arange(24)
+    terms = launch.field_terms(
+        x, labels, y, labels, Potential(3.0, 0.25), exclude_self=False, needs_grad=False
+    )
+    assert terms.attracting.tolist() == [1] * 24
