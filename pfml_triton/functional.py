@@ -167,7 +167,7 @@ class _PotentialEnergy(torch.autograd.Function):
         n = len(points)
         terms = field_terms(
             points, labels, points, labels, potential,
-            exclude_self=True, needs_grad=needs_points,
+            needs_grad=needs_points,
         )  # fmt: skip
         # The field is mutual: x_i stands in row i and in column i of U.
         grad = None if terms.grad is None else terms.grad.mul_(2)
@@ -179,14 +179,14 @@ class _PotentialEnergy(torch.autograd.Function):
             source_labels = source_labels.to(torch.int64).contiguous()
             terms = field_terms(
                 points, labels, sources, source_labels, potential,
-                exclude_self=False, needs_grad=needs_points,
+                needs_grad=needs_points,
             )  # fmt: skip
             if grad is not None and terms.grad is not None:
                 grad += terms.grad
             if needs_sources:
                 source_grad = field_terms(
                     sources, source_labels, points, labels, potential,
-                    exclude_self=False, needs_grad=True,
+                    needs_grad=True,
                 ).grad  # fmt: skip
             own_class = _pairs_of_one_class(labels, source_labels)
             total = total + _energy(_summed(terms), own_class, n * len(sources), potential)
@@ -223,7 +223,7 @@ class _ClassPotential(torch.autograd.Function):
         labels = labels.to(torch.int64).contiguous()
         terms = field_terms(
             queries, labels.new_full((len(queries),), class_index), points, labels, potential,
-            exclude_self=False, needs_grad=records and ctx.needs_input_grad[0],
+            needs_grad=records and ctx.needs_input_grad[0],
         )  # fmt: skip
         own_class = (labels == class_index).sum()
         psi = _energy(terms, own_class, len(points), potential)

@@ -10,7 +10,8 @@ the limit of (d^-alpha - 1) / alpha), the two potentials are
 
 Both are constant where they exert no force. Those saturated pairs are nearly all of the energy and
 none of the gradient, so only the *active* pairs are evaluated, those of one class at d >= delta and
-those of two at d < delta_rep; the others are counted, and enter as constants. With the stiffness
+those of two at d < delta_rep; the others are counted, and enter as constants. A point paired with
+itself, of one class at d = 0, is among the others. With the stiffness
 k(d) = -phi'(d) / d, which is alpha d^-(alpha + 2) (alpha = 0: d^-2), the derivative of the pair
 energy in the position of a is k (x_a - x_b) for an active pair of one class and -k (x_a - x_b) for
 one of two classes.

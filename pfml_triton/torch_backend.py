@@ -29,7 +29,6 @@ def field_terms(
     y_labels: Tensor,
     potential: Potential,
     *,
-    exclude_self: bool,
     needs_grad: bool,
 ) -> FieldTerms:
     """What the field of `y` does to the points `x`: see `FieldTerms`.
@@ -37,7 +36,6 @@ def field_terms(
     Args:
         x, y: points [N, D] and [M, D], one floating-point dtype and device.
         x_labels, y_labels: classes [N] and [M], int64.
-        exclude_self: `x` is `y`, and pairs (i, i) do not count.
         needs_grad: whether the gradient is wanted.
 
     The energy is float64, the gradient float32 (float64 for float64 points).
@@ -61,8 +59,6 @@ def field_terms(
 
     first = torch.searchsorted(y_labels, x_labels)
     last = torch.searchsorted(y_labels, x_labels, right=True)
-    itself = torch.empty_like(order)
-    itself[order] = torch.arange(len(order), device=order.device)
 
     origin = y.mean(0, dtype=torch.float64)
     step = max(1, _BLOCK_PAIRS // len(y))
@@ -74,12 +70,11 @@ def field_terms(
         # Attraction is long-ranged: its pairs are the runs of equal labels, whatever the distance.
         run = last[rows] - first[rows]
         pairs = int(near_mask.sum()) + int(run.sum())
-        own = itself[rows] if exclude_self else None
         # Float64 points have no wider type to hide the cancellation in: always by differences.
         if pairs > _DENSE_SHARE * near_mask.numel() and dtype != torch.float64:
             del near_mask
             block = _dense_block(
-                block_x, x_labels[rows], y, y_labels, potential, own, origin, needs_grad
+                block_x, x_labels[rows], y, y_labels, potential, origin, needs_grad
             )
         else:
             i, j = near_mask.nonzero(as_tuple=True)
@@ -88,9 +83,6 @@ def field_terms(
             offset = torch.arange(len(same_i), device=run.device)
             offset -= torch.repeat_interleave(run.cumsum(0) - run, run)
             same_j = first[rows][same_i] + offset
-            if own is not None:
-                keep = same_j != own[same_i]
-                same_i, same_j = same_i[keep], same_j[keep]
             i = torch.cat([i[other], same_i])
             j = torch.cat([j[other], same_j])
             same = torch.arange(len(i), device=i.device) >= len(i) - len(same_i)
@@ -157,13 +149,12 @@ def _dense_block(
     y: Tensor,
     y_labels: Tensor,
     potential: Potential,
-    own: Tensor | None,
     origin: Tensor,
     needs_grad: bool,
 ) -> FieldTerms:
     """The terms of rows `x` [R, D] in the field of all of `y`, in float64 tiles.
 
-    `own` [R] holds the column of each row's own point, or None; `origin` [D] is amid the points.
+    `origin` [D] is amid the points.
     """
     points, dtype = x, x.dtype
     x = x.double() - origin
@@ -176,13 +167,6 @@ def _dense_block(
         same = x_labels[:, None] == y_labels[None, start : start + _TILE]
         norms = norm_x[:, None] + norm_y
         psi, w, active = potential.pair_terms(d2.clamp_min_(0).to(dtype), same)
-        if own is not None:
-            i = torch.arange(len(x), device=x.device)
-            inside = (own >= start) & (own < start + len(tile))
-            i, j = i[inside], own[inside] - start
-            psi[i, j] = 0
-            w[i, j] = 0
-            active[i, j] = False
         # Too near for float64: d^2 cancels, or w in the softened core outgrows the differences.
         close = active & (d2 < (1e-8 * norms).clamp_min_(4 * potential.min_distance**2))
         i, j = close.nonzero(as_tuple=True)

@@ -33,19 +33,17 @@ def machine_code(shape: Shape, alpha: float = 3.0) -> dict[str, Any]:
     labels = torch.empty(1000, dtype=torch.int64, device="meta")
     tiles = tiles_for(depth, hip=arch.startswith("gfx"))
     codes = {}
-    for exclude_self in (True, False):
-        for needs_grad in (True, False):
-            with aot.record() as launches:
-                launch.field_terms(
-                    points, labels, points, labels, Potential(alpha),
-                    exclude_self=exclude_self, needs_grad=needs_grad, tiles=tiles,
-                )  # fmt: skip
-            for made in launches:
-                name = made.kernel.__name__
-                if name == "_force_kernel":
-                    name += f"(self={exclude_self}, grad={needs_grad}, alpha={alpha:g})"
-                if name not in codes:
-                    codes[name] = aot.inspect(made.compile(arch))
+    for needs_grad in (True, False):
+        with aot.record() as launches:
+            launch.field_terms(
+                points, labels, points, labels, Potential(alpha), needs_grad=needs_grad, tiles=tiles
+            )
+        for made in launches:
+            name = made.kernel.__name__
+            if name == "_force_kernel":
+                name += f"(grad={needs_grad}, alpha={alpha:g})"
+            if name not in codes:
+                codes[name] = aot.inspect(made.compile(arch))
     return codes
 
 

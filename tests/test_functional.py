@@ -58,6 +58,23 @@ def test_sources_act_once_and_not_on_each_other(backend: str) -> None:
 
 
 @backends
+def test_points_that_are_their_own_sources(backend: str) -> None:
+    """With the same labels or others: d = 0 is a pair like any."""
+    p = Potential()
+    x = X.double()
+    for source_labels in (LABELS, LABELS + 1):
+        both = potential_energy(
+            x, LABELS, p, sources=x, source_labels=source_labels, backend=backend
+        )
+        alone = potential_energy(x, LABELS, p, backend=backend)
+        field = sum(
+            reference.class_potential(x[i : i + 1], x, source_labels, int(LABELS[i]), p)
+            for i in range(20)
+        )
+        assert (both - alone).item() == pytest.approx(float(field), rel=1e-7)
+
+
+@backends
 def test_only_what_requires_a_gradient_gets_one(backend: str) -> None:
     x = X.clone().requires_grad_()
     s = (X[:6] + 0.2).requires_grad_()

@@ -99,7 +99,6 @@ def _force_kernel(
     slack,
     ALPHA: tl.constexpr,
     IS_INTEGER: tl.constexpr,
-    SAME_CLOUD: tl.constexpr,
     NEEDS_GRAD: tl.constexpr,
     SLICES: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -157,8 +156,6 @@ def _force_kernel(
             coarse_d2 >= inner * inner - slack * norms,
             coarse_d2 < outer * outer + slack * norms,
         )
-        if SAME_CLOUD:
-            nominated = nominated & (rows[:, None] != cols[None, :])
         waiting = nominated.to(tl.int32)
         tile_energy = tl.zeros((BLOCK_M,), real)
 

@@ -85,7 +85,6 @@ def field_terms(
     y_labels: Tensor,
     potential: Potential,
     *,
-    exclude_self: bool,
     needs_grad: bool,
     tiles: Tiles | None = None,
 ) -> FieldTerms:
@@ -94,7 +93,6 @@ def field_terms(
     Args:
         x, y: points [N, D] and [M, D], one dtype and device; any strides.
         x_labels, y_labels: classes [N] and [M], int64.
-        exclude_self: `x` is `y`, and pairs (i, i) do not count.
         needs_grad: whether the gradient is wanted.
         tiles: tile shape; None takes it from the table.
 
@@ -112,7 +110,7 @@ def field_terms(
     grad = x.new_empty(n, dim, dtype=real) if needs_grad else energy
     with torch.cuda.device_of(x):
         acted_on = pack(x, x_labels, tiles)
-        acting = acted_on if exclude_self else pack(y, y_labels, tiles)
+        acting = acted_on if y is x and y_labels is x_labels else pack(y, y_labels, tiles)
         # Every tile acts on every other. Which ones do not is the exact filter's to say.
         row_tiles = triton.cdiv(n, tiles.block_m)
         column_tiles = len(acting.points) // tiles.block_n
@@ -129,7 +127,7 @@ def field_terms(
             potential.delta, potential.repulsion_radius, potential.min_distance,
             (2 * coarse_depth + 16) * 2.0**-23,
             ALPHA=integer, IS_INTEGER=alpha == integer,
-            SAME_CLOUD=exclude_self, NEEDS_GRAD=needs_grad, SLICES=tiles.slices,
+            NEEDS_GRAD=needs_grad, SLICES=tiles.slices,
             BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
             BLOCK_K=tiles.block_k, BLOCK_D=tiles.block_d,
             **tiles.options(),

@@ -42,12 +42,10 @@ def test_forces(
     x, labels = cloud(kind, n, depth, 4, dtype)
     arguments = (x, labels, x, labels, Potential(alpha, 0.2, 0.3))
     true = torch_backend.field_terms(
-        x.double(), labels, x.double(), labels, arguments[-1], exclude_self=True, needs_grad=True
+        x.double(), labels, x.double(), labels, arguments[-1], needs_grad=True
     )
     results = [
-        compiler.submit(
-            emulate, "field_terms", arguments, {"exclude_self": True, "needs_grad": needs_grad}
-        )
+        compiler.submit(emulate, "field_terms", arguments, {"needs_grad": needs_grad})
         for needs_grad in (True, False)
     ]
     terms, alone = (r.result() for r in results)
@@ -64,11 +62,9 @@ def test_two_clouds(compiler: ProcessPoolExecutor, dtype: torch.dtype) -> None:
     arguments = (x, x_labels, y, y_labels, Potential())
     true = torch_backend.field_terms(
         x.double(), x_labels, y.double(), y_labels, arguments[-1],
-        exclude_self=False, needs_grad=True,
+        needs_grad=True,
     )  # fmt: skip
-    ours = compiler.submit(
-        emulate, "field_terms", arguments, {"exclude_self": False, "needs_grad": True}
-    ).result()
+    ours = compiler.submit(emulate, "field_terms", arguments, {"needs_grad": True}).result()
     assert_terms_near(ours, true, torch.float32)
 
 

@@ -89,9 +89,7 @@ def test_tile_shapes_agree(n: int, depth: int, tiles: dict[str, int]) -> None:
 
 
 def field(x: Tensor, labels: Tensor, tiles: Tiles | None = None) -> tuple[Tensor, Tensor]:
-    terms = launch.field_terms(
-        x, labels, x, labels, Potential(), exclude_self=True, needs_grad=True, tiles=tiles
-    )
+    terms = launch.field_terms(x, labels, x, labels, Potential(), needs_grad=True, tiles=tiles)
     assert terms.grad is not None
     return terms.energy, terms.grad
 
@@ -99,9 +97,7 @@ def field(x: Tensor, labels: Tensor, tiles: Tiles | None = None) -> tuple[Tensor
 def test_energy_is_the_same_with_and_without_gradient() -> None:
     x, labels = cloud("collisions", 70, 12, 3, torch.float32)
     terms, alone = (
-        launch.field_terms(
-            x, labels, x, labels, Potential(), exclude_self=True, needs_grad=needs_grad
-        )
+        launch.field_terms(x, labels, x, labels, Potential(), needs_grad=needs_grad)
         for needs_grad in (True, False)
     )
     assert_same_without_grad(alone, terms)
@@ -231,9 +227,7 @@ def test_nominated_in_spite_of_the_products_rounding() -> None:
         d = (x.double() - y.double()).norm().item()
         p = Potential(3.0, 0.5 * d, d * (1 + 3e-7))
         labels = torch.arange(2)
-        terms = launch.field_terms(
-            x, labels[:1], y, labels[1:], p, exclude_self=False, needs_grad=False
-        )
+        terms = launch.field_terms(x, labels[:1], y, labels[1:], p, needs_grad=False)
         assert terms.repelling.tolist() == [1]
 
 
@@ -247,9 +241,7 @@ def test_nominated_with_one_coarse_cloud_exact(swapped: bool) -> None:
     for i in range(24):
         clouds = [(x[i : i + 1], torch.tensor([0])), (y[i : i + 1], torch.tensor([1]))]
         (a, a_labels), (b, b_labels) = reversed(clouds) if swapped else clouds
-        terms = launch.field_terms(
-            a, a_labels, b, b_labels, p, exclude_self=False, needs_grad=False
-        )
+        terms = launch.field_terms(a, a_labels, b, b_labels, p, needs_grad=False)
         assert terms.repelling.tolist() == [1]
 
 
@@ -259,7 +251,5 @@ def test_nominated_where_the_margin_exceeds_the_radius() -> None:
     x = 40 * torch.randn(24, 64, generator=g)
     y = x + 0.27 * torch.nn.functional.normalize(torch.randn(24, 64, generator=g), dim=1)
     labels = torch.arange(24)
-    terms = launch.field_terms(
-        x, labels, y, labels, Potential(3.0, 0.25), exclude_self=False, needs_grad=False
-    )
+    terms = launch.field_terms(x, labels, y, labels, Potential(3.0, 0.25), needs_grad=False)
     assert terms.attracting.tolist() == [1] * 24
