@@ -73,7 +73,7 @@ def _add_retrieval(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         help="learning rate of the proxies, in units of --lr")  # fmt: skip
     add("--threads", type=int, metavar="N", help="CPU threads; PyTorch's own choice if not given")
     add("--out", type=Path, metavar="FOLDER", default=Path("runs"),
-        help="gets a row in retrieval.jsonl and the picture class_fields.png")  # fmt: skip
+        help="gets a row in retrieval.jsonl and pictures of class fields")  # fmt: skip
     parser.set_defaults(command=_retrieval)
 
 

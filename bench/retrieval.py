@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bench.figures import embedding_field_figure
+from bench.figures import class_field_figure, embedding_field_figure
 from bench.glyphs import load_glyphs
 from bench.images import ImageSet, random_affine, split_by_class, to_tensor
 from bench.results import append_row, provenance
@@ -226,11 +226,12 @@ def recall_at_k(
 
 
 def run(settings: RetrievalSettings, out: Path, console: Console | None = None) -> dict[str, float]:
-    """Train and evaluate on the glyphs, print a table, append a row and draw the class fields.
+    """Train and evaluate on the glyphs, print a table, append a row and draw class fields.
 
     Args:
         settings: see `RetrievalSettings`.
-        out: folder that gets ``retrieval.jsonl`` (a row is appended) and ``class_fields.png``.
+        out: folder that gets ``retrieval.jsonl`` (a row is appended), ``class_fields.png`` (a toy
+            set in the plane) and ``embedding_fields.png`` (two classes of the trained embedding).
         console: where to print; standard output if None.
 
     Returns:
@@ -298,10 +299,10 @@ def run(settings: RetrievalSettings, out: Path, console: Console | None = None) 
     row |= counts | flat | {"first_loss": losses[0], "last_loss": losses[-1]}
     row |= {"train_seconds": round(train_seconds, 2), "seconds": round(total_seconds, 2)}
     append_row(out / "retrieval.jsonl", row | provenance(device))
-    picture = out / "class_fields.png"
+    class_field_figure(out / "class_fields.png")
     embeddings = embed(network, evaluation_images(train_set, seed=0))
     embedding_field_figure(
-        picture,
+        out / "embedding_fields.png",
         embeddings.cpu(),
         torch.from_numpy(train_set.labels),
         loss.proxies.detach().cpu(),
@@ -310,7 +311,7 @@ def run(settings: RetrievalSettings, out: Path, console: Console | None = None) 
     )
     console.print(
         f"{total_seconds:.0f} s in all, {train_seconds:.0f} s of them training. "
-        f"Wrote {out / 'retrieval.jsonl'} and {picture}."
+        f"Wrote retrieval.jsonl, class_fields.png and embedding_fields.png to {out}."
     )
     return flat
 

@@ -187,7 +187,8 @@ def test_run_appends_a_row_and_draws_the_fields(tmp_path: Path) -> None:
     assert rows[-1]["trained_r8"] >= rows[-1]["trained_r1"]
     assert rows[0]["trained_r1"] == rows[1]["trained_r1"]  # the same seed
     assert (rows[0]["epochs"], rows[0]["seed"], rows[0]["train_classes"]) == (1, 0, 8)
-    assert (tmp_path / "out/class_fields.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("class_fields.png", "embedding_fields.png"):
+        assert (tmp_path / "out" / picture).read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.usefixtures("few_glyphs")
