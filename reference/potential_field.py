@@ -18,14 +18,14 @@ from pfml_triton import Potential
 
 def attraction(d: Tensor, potential: Potential) -> Tensor:
     """Eq. 1: psi_att at distances `d` >= 0 (any shape): -max(d, delta)^-alpha."""
-    d = d.clamp_min(potential.delta)
+    d = torch.where(d < potential.delta, potential.delta, d)
     return d.log() if potential.alpha == 0 else -(d**-potential.alpha)
 
 
 def repulsion(d: Tensor, potential: Potential) -> Tensor:
     """Eq. 2: psi_rep at distances `d` >= 0 (any shape): min(d, delta_rep)^-alpha, softened."""
-    alpha, m = potential.alpha, potential.min_distance
-    outer = d.clamp(m, potential.repulsion_radius)
+    alpha, m, radius = potential.alpha, potential.min_distance, potential.repulsion_radius
+    outer = torch.where((d < m) | (d >= radius), radius, d)
     inner = (1 - (d / m) ** 2) / 2
     if alpha == 0:
         return torch.where(d < m, inner - math.log(m), -outer.log())
