@@ -165,10 +165,7 @@ class _PotentialEnergy(torch.autograd.Function):
         needs_points, _, needs_sources = (records and need for need in ctx.needs_input_grad[:3])
         labels = labels.to(torch.int64).contiguous()
         n = len(points)
-        terms = field_terms(
-            points, labels, points, labels, potential,
-            needs_grad=needs_points,
-        )  # fmt: skip
+        terms = field_terms(points, labels, points, labels, potential, needs_grad=needs_points)
         # The field is mutual: x_i stands in row i and in column i of U.
         grad = None if terms.grad is None else terms.grad.mul_(2)
         pairs, source_grad = n * (n - 1), None
@@ -178,16 +175,14 @@ class _PotentialEnergy(torch.autograd.Function):
         if sources is not None and source_labels is not None:
             source_labels = source_labels.to(torch.int64).contiguous()
             terms = field_terms(
-                points, labels, sources, source_labels, potential,
-                needs_grad=needs_points,
-            )  # fmt: skip
+                points, labels, sources, source_labels, potential, needs_grad=needs_points
+            )
             if grad is not None and terms.grad is not None:
                 grad += terms.grad
             if needs_sources:
                 source_grad = field_terms(
-                    sources, source_labels, points, labels, potential,
-                    needs_grad=True,
-                ).grad  # fmt: skip
+                    sources, source_labels, points, labels, potential, needs_grad=True
+                ).grad
             own_class = _pairs_of_one_class(labels, source_labels)
             total = total + _energy(_summed(terms), own_class, n * len(sources), potential)
             nothing = nothing + _nan_unless_finite(sources).sum()

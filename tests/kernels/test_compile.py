@@ -31,6 +31,7 @@ def check(compiler: ProcessPoolExecutor, shapes: list[Shape], alpha: float = 3.0
     assert not faults, "\n".join(faults)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
 def test_sample(compiler: ProcessPoolExecutor, arch: str) -> None:
     check(compiler, [(arch, "float32", 512), (arch, "bfloat16", 128)])

@@ -142,6 +142,7 @@ def test_a_pair_exactly_at_its_radius(dtype: torch.dtype) -> None:
     assert grad.tolist() == [[-0.25 * force, 0], [0.25 * force, 0], [0, 0], [0, 0]]
 
 
+@pytest.mark.slow
 def test_gradcheck() -> None:
     """Finite differences of the kernels themselves, both clouds of two."""
     x, labels = cloud("clusters", 5, 3, 2, torch.float64)
