@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -132,7 +133,7 @@ class PFMLLoss(nn.Module):
                 f"got {embeddings.device}: move the loss with .to({str(embeddings.device)!r})"
             )
         if self.validate or labels.device.type == "cpu":
-            self._check_label_range(labels, "labels")
+            self._check_label_range(labels)
         if self.validate:
             _check_finite(embeddings, "embeddings")
             _check_finite(self.proxies.flatten(0, 1), "proxies")
@@ -170,11 +171,11 @@ class PFMLLoss(nn.Module):
     def _place(self, points: Tensor) -> Tensor:
         return nn.functional.normalize(points, dim=1) if self.normalize else points
 
-    def _check_label_range(self, labels: Tensor, name: str) -> None:
+    def _check_label_range(self, labels: Tensor) -> None:
         wide = labels.to(torch.int64)
         if len(wide) and not ((wide >= 0) & (wide < self.num_classes)).all():
             raise ValueError(
-                f"{name} must be in [0, {self.num_classes}), "
+                f"labels must be in [0, {self.num_classes}), "
                 f"got values in [{int(wide.min())}, {int(wide.max())}]"
             )
 
@@ -190,11 +191,13 @@ class PFMLLoss(nn.Module):
             weight_decay: of the proxies.
 
         Raises:
-            ValueError: a number that is negative or not finite.
+            TypeError, ValueError: not a number; one that is negative or not finite.
         """
         for name, value in (
             ("lr", lr), ("proxy_lr_mult", proxy_lr_mult), ("weight_decay", weight_decay)
         ):  # fmt: skip
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise TypeError(f"{name} must be a real number, got {value!r}")
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be finite and >= 0, got {value}")
         return [{"params": [self.proxies], "lr": lr * proxy_lr_mult, "weight_decay": weight_decay}]

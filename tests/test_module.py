@@ -140,6 +140,8 @@ def test_parameter_groups() -> None:
     assert group["weight_decay"] == 0
     with pytest.raises(ValueError, match="lr must be finite and >= 0, got -1"):
         loss.param_groups(-1)
+    with pytest.raises(TypeError, match="weight_decay must be a real number, got None"):
+        loss.param_groups(1.0, weight_decay=None)  # type: ignore[arg-type]
     assert loss.param_groups(1.0, 3.0, 0.5)[0] | {"params": None} == {
         "params": None, "lr": 3.0, "weight_decay": 0.5,
     }  # fmt: skip
