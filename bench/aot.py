@@ -29,6 +29,7 @@ _TYPES = {
     torch.float16: "fp16",
     torch.int32: "i32",
     torch.int64: "i64",
+    torch.uint8: "u8",
 }
 _OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 _LOCAL_MEMORY = re.compile(r"\b(?:LDL|STL)\b")

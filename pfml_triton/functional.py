@@ -8,13 +8,14 @@ multiplication. The pairs without force are constants, added here from pair coun
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import torch_backend
 from .potential import FieldTerms, Potential
+from .sketch import random_basis
 
 try:
     from .kernels import launch as _triton_backend
@@ -31,6 +32,19 @@ _INTEGERS = tuple(
 Backend = Callable[..., FieldTerms]
 
 
+class Stats(NamedTuple):
+    """What a call of `potential_energy` found: scalars on the device of the points, no gradient.
+
+    Pairs are ordered, as Eq. 6 counts them: two points of a field that act on each other are two.
+    """
+
+    active_energy: Tensor  # float64, sum of psi over the pairs that exert force
+    attracting_pairs: Tensor  # int64, pairs of one class at d >= delta
+    repelling_pairs: Tensor  # int64, pairs of two classes at d < delta_rep
+    smallest_distance: Tensor  # floating point, of the repelling pairs; inf if there are none
+    active_share: Tensor  # floating point, share of the tiles of pairs looked at in full depth
+
+
 def potential_energy(
     points: Tensor,
     labels: Tensor,
@@ -39,6 +53,7 @@ def potential_energy(
     sources: Tensor | None = None,
     source_labels: Tensor | None = None,
     reduction: str = "sum",
+    prune: bool = True,
     backend: str = "auto",
     validate: bool = False,
 ) -> Tensor:
@@ -58,6 +73,8 @@ def potential_energy(
         sources: [S, D], the dtype and device of `points`, or None.
         source_labels: [S], integers, required with `sources`.
         reduction: "sum" (Eq. 6), or "mean" over the ordered pairs (0 where there is none).
+        prune: skip the tiles of pairs of which 64 columns (`pfml_triton.sketch`) prove that no pair
+            exerts a force. The result is the same to rounding; only time can tell.
         backend: "auto" (Triton on a GPU, else torch), "triton" or "torch".
         validate: also check that every value is finite. Waits for the device.
 
@@ -71,6 +88,33 @@ def potential_energy(
         ValueError: a wrong shape, device, option or (with `validate`) value; a backend that cannot
             serve here; a potential whose largest force overflows float32.
     """
+    return energy_and_stats(
+        points,
+        labels,
+        potential,
+        sources=sources,
+        source_labels=source_labels,
+        reduction=reduction,
+        prune=prune,
+        backend=backend,
+        validate=validate,
+    )[0]
+
+
+def energy_and_stats(
+    points: Tensor,
+    labels: Tensor,
+    potential: Potential | None,
+    *,
+    sources: Tensor | None,
+    source_labels: Tensor | None,
+    reduction: str,
+    prune: bool,
+    backend: str,
+    validate: bool = False,
+    basis: Tensor | None = None,
+) -> tuple[Tensor, Stats]:
+    """`potential_energy` and what it found, with the sketch's `basis` if one knows a good one."""
     potential = _check_potential(potential)
     _check_cloud(points, labels, "points", "labels", "N")
     if reduction not in REDUCTIONS:
@@ -86,13 +130,14 @@ def potential_energy(
         if sources is not None:
             _check_finite(sources, "sources")
     field_terms = _choose_backend(backend, points, potential)
+    basis = _basis(prune, points, basis)
     # float32 is float32, whatever the ambient autocast dtype is.
     with torch.autocast(points.device.type, enabled=False):
-        value: Tensor = _PotentialEnergy.apply(
-            points, labels, sources, source_labels, potential, reduction, field_terms,
+        value, *stats = _PotentialEnergy.apply(
+            points, labels, sources, source_labels, potential, reduction, field_terms, basis,
             torch.is_grad_enabled(),
         )  # fmt: skip
-    return value
+    return value, Stats(*stats)
 
 
 def class_potential(
@@ -102,6 +147,7 @@ def class_potential(
     class_index: int,
     potential: Potential | None = None,
     *,
+    prune: bool = True,
     backend: str = "auto",
     validate: bool = False,
 ) -> Tensor:
@@ -116,7 +162,7 @@ def class_potential(
             flows to them.
         labels: [N], any integer dtype.
         class_index: the class j; any int64, with or without points.
-        potential, backend, validate: as in `potential_energy`.
+        potential, prune, backend, validate: as in `potential_energy`.
 
     Returns:
         [Q] float32 (float64 for float64 queries), differentiable once in `queries`.
@@ -142,10 +188,12 @@ def class_potential(
         _check_finite(queries, "queries")
         _check_finite(points, "points")
     field_terms = _choose_backend(backend, queries, potential)
+    basis = _basis(prune, queries, None)
     with torch.autocast(queries.device.type, enabled=False):
         value: Tensor = _ClassPotential.apply(
-            queries, points, labels, class_index, potential, field_terms, torch.is_grad_enabled()
-        )
+            queries, points, labels, class_index, potential, field_terms, basis,
+            torch.is_grad_enabled(),
+        )  # fmt: skip
     return value
 
 
@@ -160,47 +208,55 @@ class _PotentialEnergy(torch.autograd.Function):
         potential: Potential,
         reduction: str,
         field_terms: Backend,
+        basis: Tensor | None,
         records: bool,
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         needs_points, _, needs_sources = (records and need for need in ctx.needs_input_grad[:3])
         labels = labels.to(torch.int64).contiguous()
         n = len(points)
-        terms = field_terms(points, labels, points, labels, potential, needs_grad=needs_points)
-        # The field is mutual: x_i stands in row i and in column i of U.
-        grad = None if terms.grad is None else terms.grad.mul_(2)
-        pairs, source_grad = n * (n - 1), None
+        terms = field_terms(
+            points, labels, points, labels, potential, needs_grad=needs_points, basis=basis
+        )
+        # The field is mutual: x_i stands in row i and in column i of U, and so does its gradient.
+        grad, twice, source_grad = terms.grad, 2.0, None
+        pairs = n * (n - 1)
         own_class = _pairs_of_one_class(labels, labels) - n
-        total = _energy(_summed(terms), own_class, pairs, potential)
+        stats = _stats(terms)
+        total = _energy(*stats[:3], own_class, pairs, potential)
         nothing = _nan_unless_finite(points).sum()
         if sources is not None and source_labels is not None:
             source_labels = source_labels.to(torch.int64).contiguous()
             terms = field_terms(
-                points, labels, sources, source_labels, potential, needs_grad=needs_points
-            )
+                points, labels, sources, source_labels, potential,
+                needs_grad=needs_points, basis=basis,
+            )  # fmt: skip
             if grad is not None and terms.grad is not None:
-                grad += terms.grad
+                grad, twice = grad.mul_(2).add_(terms.grad), 1.0
             if needs_sources:
                 source_grad = field_terms(
-                    sources, source_labels, points, labels, potential, needs_grad=True
+                    sources, source_labels, points, labels, potential, needs_grad=True, basis=basis
                 ).grad
             own_class = _pairs_of_one_class(labels, source_labels)
-            total = total + _energy(_summed(terms), own_class, n * len(sources), potential)
+            cross = _stats(terms)
+            total = total + _energy(*cross[:3], own_class, n * len(sources), potential)
+            stats = _joined(stats, cross, n, len(sources))
             nothing = nothing + _nan_unless_finite(sources).sum()
             pairs += n * len(sources)
         scale = 1.0 / max(pairs, 1) if reduction == "mean" else 1.0
         ctx.save_for_backward(points, sources, grad, source_grad, nothing)
-        ctx.scale = scale
-        return (total * scale + nothing).to(torch.promote_types(points.dtype, torch.float32))
+        ctx.scales = scale * twice, scale
+        ctx.mark_non_differentiable(*stats)
+        value = (total * scale + nothing).to(torch.promote_types(points.dtype, torch.float32))
+        return value, *stats
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         points, sources, grad, source_grad, nothing = ctx.saved_tensors
-        factor = grad_output * ctx.scale + nothing
         first, third = (
-            None if g is None else _scaled(g, factor, x)
-            for g, x in ((grad, points), (source_grad, sources))
+            None if g is None else _scaled(g, grad_output * scale + nothing, x)
+            for g, scale, x in zip((grad, source_grad), ctx.scales, (points, sources), strict=True)
         )
-        return first, None, third, None, None, None, None, None
+        return first, None, third, None, None, None, None, None, None
 
 
 class _ClassPotential(torch.autograd.Function):
@@ -213,15 +269,16 @@ class _ClassPotential(torch.autograd.Function):
         class_index: int,
         potential: Potential,
         field_terms: Backend,
+        basis: Tensor | None,
         records: bool,
     ) -> Tensor:
         labels = labels.to(torch.int64).contiguous()
         terms = field_terms(
             queries, labels.new_full((len(queries),), class_index), points, labels, potential,
-            needs_grad=records and ctx.needs_input_grad[0],
+            needs_grad=records and ctx.needs_input_grad[0], basis=basis,
         )  # fmt: skip
         own_class = (labels == class_index).sum()
-        psi = _energy(terms, own_class, len(points), potential)
+        psi = _energy(*terms[:3], own_class, len(points), potential)
         nothing = _nan_unless_finite(queries) + _nan_unless_finite(points).sum()
         ctx.save_for_backward(queries, terms.grad, nothing)
         return (psi + nothing).to(torch.promote_types(queries.dtype, torch.float32))
@@ -231,7 +288,7 @@ class _ClassPotential(torch.autograd.Function):
         queries, grad, nothing = ctx.saved_tensors
         factor = (grad_output + nothing)[:, None]
         first = None if grad is None else _scaled(grad, factor, queries)
-        return first, None, None, None, None, None, None
+        return first, None, None, None, None, None, None, None
 
 
 class _OnceDifferentiable(torch.autograd.Function):
@@ -265,24 +322,48 @@ def _pairs_of_one_class(labels: Tensor, other: Tensor) -> Tensor:
     return (upper - torch.searchsorted(other, labels)).sum()
 
 
-def _energy(terms: FieldTerms, own_class: Tensor, pairs: int, potential: Potential) -> Tensor:
+def _energy(
+    energy: Tensor,
+    attracting: Tensor,
+    repelling: Tensor,
+    own_class: Tensor,
+    pairs: int,
+    potential: Potential,
+) -> Tensor:
     """Sum of psi, float64: that of the active pairs, and the constants of the others.
 
-    `terms` are those of each point or summed over points; `pairs` is the number of all their
-    pairs, `own_class` that of the pairs of one class.
+    The first three are those of `FieldTerms`, of each point or summed over points; `pairs` is the
+    number of all their pairs, `own_class` that of the pairs of one class.
     """
-    still_own = own_class - terms.attracting
-    still_other = pairs - own_class - terms.repelling
+    still_own = own_class - attracting
+    still_other = pairs - own_class - repelling
     constants = (
         still_own.double() * potential.attraction_constant
         + still_other.double() * potential.repulsion_constant
     )
-    return terms.energy.double() + constants
+    return energy.double() + constants
 
 
-def _summed(terms: FieldTerms) -> FieldTerms:
-    energy = terms.energy.sum(dtype=torch.float64)
-    return FieldTerms(energy, terms.attracting.sum(), terms.repelling.sum(), None)
+def _stats(terms: FieldTerms) -> Stats:
+    return Stats(
+        terms.energy.sum(dtype=torch.float64),
+        terms.attracting.sum(),
+        terms.repelling.sum(),
+        torch.nn.functional.pad(terms.nearest, (0, 1), value=torch.inf).amin().sqrt(),
+        terms.active_share,
+    )
+
+
+def _joined(mutual: Stats, cross: Stats, n: int, sources: int) -> Stats:
+    """The stats of a field of n points and that of the sources on them, together."""
+    share = mutual.active_share * n + cross.active_share * sources
+    return Stats(
+        mutual.active_energy + cross.active_energy,
+        mutual.attracting_pairs + cross.attracting_pairs,
+        mutual.repelling_pairs + cross.repelling_pairs,
+        torch.minimum(mutual.smallest_distance, cross.smallest_distance),
+        share / max(n + sources, 1),
+    )
 
 
 def _nan_unless_finite(points: Tensor) -> Tensor:
@@ -290,6 +371,17 @@ def _nan_unless_finite(points: Tensor) -> Tensor:
     to nothing and exerts no force, so that without this it would vanish instead of showing."""
     dtype = torch.promote_types(points.dtype, torch.float32)
     return torch.linalg.vector_norm(points.detach(), dim=1, dtype=dtype) * 0
+
+
+def _basis(prune: bool, points: Tensor, basis: Tensor | None) -> Tensor | None:
+    """The basis of the sketch, or None if there is to be none."""
+    if not isinstance(prune, bool):
+        raise TypeError(f"prune must be a bool, got {prune!r}")
+    if not prune:
+        return None
+    if basis is None:
+        return random_basis(points.shape[1], points.device)
+    return basis.to(torch.bfloat16).contiguous()  # a module's buffer may have been cast
 
 
 def _choose_backend(backend: str, points: Tensor, potential: Potential) -> Backend:

@@ -9,8 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .functional import BACKENDS, REDUCTIONS, _check_cloud, _check_finite, potential_energy
+from .functional import BACKENDS, REDUCTIONS, _check_cloud, _check_finite, energy_and_stats
 from .potential import Potential
+from .sketch import random_basis, turned_basis
+
+_TURN_EVERY = 100  # training calls between two steps of the sketch's basis
+_TURN_POINTS = 4096  # about as many as it looks at
 
 
 class PFMLLoss(nn.Module):
@@ -30,10 +34,18 @@ class PFMLLoss(nn.Module):
             are in the units of the embeddings, and all are used as they are.
         reduction: "sum" (Eq. 6), the published choice: with weight decay in Adam (not AdamW) a mean
             drowns in the decay. "mean" is over the ordered pairs of points.
+        prune: skip what is proven to exert no force, see `potential_energy`. The directions of the
+            sketch follow the leading directions of batch and proxies, a step every 100 training
+            calls; they decide the time, never the result.
         backend: "auto" (Triton on a GPU, else torch), "triton" or "torch".
         validate: check labels and values on every call, on any device; on a GPU this waits for it.
 
     Attributes:
+        last_stats: dict of scalar tensors without gradient, on the device of the last call, or None
+            before it: "active_energy", "attracting_pairs", "repelling_pairs", "smallest_distance"
+            and "active_share", as described by `pfml_triton.functional.Stats`. The energy of the
+            loss is mostly a constant of saturated pairs; this is what training changes. Reading a
+            value waits for the device.
         proxies: nn.Parameter [C, M, D] float32, drawn from a normal distribution scaled to about
             unit length. They want a learning rate of their own, see `param_groups`.
 
@@ -42,6 +54,8 @@ class PFMLLoss(nn.Module):
     """
 
     proxies: nn.Parameter
+    sketch_basis: Tensor
+    last_stats: dict[str, Tensor] | None
 
     def __init__(
         self,
@@ -55,6 +69,7 @@ class PFMLLoss(nn.Module):
         min_distance: float = 0.01,
         normalize: bool = True,
         reduction: str = "sum",
+        prune: bool = True,
         backend: str = "auto",
         validate: bool = False,
     ) -> None:
@@ -71,7 +86,7 @@ class PFMLLoss(nn.Module):
             raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
-        for name, flag in (("normalize", normalize), ("validate", validate)):
+        for name, flag in (("normalize", normalize), ("prune", prune), ("validate", validate)):
             if not isinstance(flag, bool):
                 raise TypeError(f"{name} must be a bool, got {flag!r}")
         self.num_classes = num_classes
@@ -80,11 +95,16 @@ class PFMLLoss(nn.Module):
         self.potential = Potential(alpha, delta, delta_rep, min_distance)
         self.normalize = normalize
         self.reduction = reduction
+        self.prune = prune
         self.backend = backend
         self.validate = validate
         self.proxies = nn.Parameter(
             torch.empty(num_classes, proxies_per_class, embedding_size, dtype=torch.float32)
         )
+        basis = random_basis(embedding_size, torch.device("cpu"))
+        self.register_buffer("sketch_basis", basis.clone(), persistent=False)
+        self.last_stats = None
+        self._calls = 0  # in training
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -158,15 +178,28 @@ class PFMLLoss(nn.Module):
                 sources = self._place(ref_emb.to(dtype))
             classes = torch.arange(self.num_classes, device=labels.device)
             proxy_labels = classes.repeat_interleave(self.proxies_per_class)
-            return potential_energy(
+            if self.prune and self.training:
+                self._turn_basis(points)
+            energy, stats = energy_and_stats(
                 points,
                 torch.cat([labels.to(torch.int64), proxy_labels]),
                 self.potential,
                 sources=sources,
                 source_labels=ref_labels,
                 reduction=self.reduction,
+                prune=self.prune,
                 backend=self.backend,
+                basis=self.sketch_basis,
             )
+        self.last_stats = stats._asdict()
+        return energy
+
+    @torch.no_grad()
+    def _turn_basis(self, points: Tensor) -> None:
+        if self._calls % _TURN_EVERY == 0:
+            some = points[:: max(1, len(points) // _TURN_POINTS)]
+            self.sketch_basis.copy_(turned_basis(self.sketch_basis, some))
+        self._calls += 1
 
     def _place(self, points: Tensor) -> Tensor:
         return nn.functional.normalize(points, dim=1) if self.normalize else points
@@ -208,5 +241,6 @@ class PFMLLoss(nn.Module):
             f"num_classes={self.num_classes}, embedding_size={self.embedding_size}, "
             f"proxies_per_class={self.proxies_per_class}, alpha={p.alpha:g}, delta={p.delta:g}, "
             f"delta_rep={p.repulsion_radius:g}, min_distance={p.min_distance:g}, "
-            f"normalize={self.normalize}, reduction={self.reduction!r}, backend={self.backend!r}"
+            f"normalize={self.normalize}, reduction={self.reduction!r}, prune={self.prune}, "
+            f"backend={self.backend!r}"
         )

@@ -152,3 +152,5 @@ class FieldTerms(NamedTuple):
     attracting: torch.Tensor  # [N] integers, active pairs of one class
     repelling: torch.Tensor  # [N] integers, active pairs of two classes
     grad: torch.Tensor | None  # [N, D] floating point, d energy_i / d x_i
+    nearest: torch.Tensor  # [N] floating point, smallest d^2 of the repelling pairs; inf if none
+    active_share: torch.Tensor  # scalar, share of the tiles of pairs that the filter let through

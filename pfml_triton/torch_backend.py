@@ -1,25 +1,57 @@
 """The field terms in plain torch: for the CPU, and for any device that has float64.
 
-The same two steps as the kernels. *Nominate*: a matrix product gives -d^2/2 of every pair of a
-row block, and a threshold that allows for its rounding keeps the pairs that may exert force.
-*Evaluate*: the kept pairs, few in a trained embedding, are computed from the differences of their
-points, which is exact however near they are. A block in which many pairs act is done as a dense
-tile in float64 instead, all but the pairs that are too near even for that.
+The same three steps as the kernels, on points in the order of their classes, cut into tiles of 64.
+*Filter*: a tile of pairs is active if the two share a class, or if the sketches of some pair are
+near (sketch.py). *Nominate*: a matrix product gives the squared distances of an active tile, and a
+threshold that allows for its rounding keeps the pairs that may exert force. *Evaluate*: the kept
+pairs, few in a trained embedding, are computed from the differences of their points, which is exact
+however near they are. Where many pairs act it is done as a dense tile in float64 instead, all but
+the pairs that are too near even for that.
 
-Never N x N: a row block times all columns is at most `_BLOCK_PAIRS` entries.
+Never N x N: a product has at most `_BLOCK_PAIRS` entries.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from .potential import FieldTerms, Potential
+from .sketch import accumulation, lifted
 
-_BLOCK_PAIRS = 1 << 22  # entries of one nominating product: 16 MiB in float32
-_GATHER_ENTRIES = 1 << 21  # entries of one gather of pair differences
-_TILE = 1024  # columns of one dense float64 tile
-_DENSE_SHARE = 1 / 64  # of a block's pairs: from here on the dense tile is the faster one
+_TILE = 64  # points of a tile
+_BLOCK_PAIRS = 1 << 22  # entries of one product: 16 MiB in float32
+_GATHER_ENTRIES = 1 << 18  # of one gather of differences: 1 MiB, which caches hold
+_CHUNK = 16  # active tiles that are nominated at once
+_COLUMNS = 1024  # of one dense float64 product
+_DENSE_SHARE = 1 / 64  # of a block's pairs: from here on a dense product is the faster one
+_DENSE_SHARE_OF_TILE = 1 / 8  # the same for one active tile, whose product is a small one
+_ACTIVE_SHARE = 1 / 4  # of a block's tiles: from here on all of them are nominated in one product
+
+
+class _Cloud:
+    """Points [N, D] in the order of their class, by way of `order`; they stay where they are."""
+
+    def __init__(self, points: Tensor, labels: Tensor) -> None:
+        self.points = points
+        self.labels, self.order = torch.sort(labels, stable=True)
+        self.tiles = -(-len(points) // _TILE)
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def tile_rows(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
+        """The ranks [T, 64] of the points of some tiles, and which of them exist."""
+        ranks = tiles[:, None] * _TILE + torch.arange(_TILE, device=tiles.device)
+        return ranks.clamp_max(len(self) - 1), ranks < len(self)
+
+    def label_range(self) -> tuple[Tensor, Tensor]:
+        """The first and the last label of every tile."""
+        first = torch.arange(0, len(self), _TILE, device=self.labels.device)
+        last = (first + _TILE - 1).clamp_max(len(self) - 1)
+        return self.labels[first], self.labels[last]
 
 
 def field_terms(
@@ -30,6 +62,7 @@ def field_terms(
     potential: Potential,
     *,
     needs_grad: bool,
+    basis: Tensor | None = None,
 ) -> FieldTerms:
     """What the field of `y` does to the points `x`: see `FieldTerms`.
 
@@ -37,60 +70,101 @@ def field_terms(
         x, y: points [N, D] and [M, D], one floating-point dtype and device.
         x_labels, y_labels: classes [N] and [M], int64.
         needs_grad: whether the gradient is wanted.
+        basis: Q of the sketch that filters tiles; None takes all of them.
 
     The energy is float64, the gradient float32 (float64 for float64 points).
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    y_labels, order = torch.sort(y_labels, stable=True)
-    y = y.to(dtype)[order]
-    x = x.to(dtype)
-    n, depth = x.shape
-    terms = _no_terms(x, needs_grad)
-    if n == 0 or len(y) == 0:
+    acted_on = _Cloud(x.to(dtype), x_labels)
+    mutual = y is x and y_labels is x_labels
+    acting = acted_on if mutual else _Cloud(y.to(dtype), y_labels)
+    terms = _no_terms(acted_on.points, needs_grad)
+    whole: range | list[int]
+    if len(x) == 0 or len(y) == 0:
         return terms
-
-    # [x, 1, -|x|^2/2] . [y, -|y|^2/2, 1] = -d^2/2, to within slack (|x|^2 + |y|^2) / 2, which the
-    # halved squares give away beforehand.
-    less = 0.5 * (1 - _slack(depth, dtype))
-    half_x, half_y = x.square().sum(1).mul_(less), y.square().sum(1).mul_(less)
-    ones_x, ones_y = torch.ones_like(half_x), torch.ones_like(half_y)
-    lifted_y = torch.cat([y, -half_y[:, None], ones_y[:, None]], 1)
-    near = -0.5 * potential.repulsion_radius**2
-
-    first = torch.searchsorted(y_labels, x_labels)
-    last = torch.searchsorted(y_labels, x_labels, right=True)
-
-    origin = y.mean(0, dtype=torch.float64)
-    step = max(1, _BLOCK_PAIRS // len(y))
-    for start in range(0, n, step):
-        rows = slice(start, min(start + step, n))
-        block_x = x[rows]
-        lifted_x = torch.cat([block_x, ones_x[rows, None], -half_x[rows, None]], 1)
-        near_mask = (lifted_x @ lifted_y.T) > near
-        # Attraction is long-ranged: its pairs are the runs of equal labels, whatever the distance.
-        run = last[rows] - first[rows]
-        pairs = int(near_mask.sum()) + int(run.sum())
-        # Float64 points have no wider type to hide the cancellation in: always by differences.
-        if pairs > _DENSE_SHARE * near_mask.numel() and dtype != torch.float64:
-            del near_mask
-            block = _dense_block(
-                block_x, x_labels[rows], y, y_labels, potential, origin, needs_grad
-            )
-        else:
-            i, j = near_mask.nonzero(as_tuple=True)
-            other = x_labels[rows][i] != y_labels[j]
-            same_i = torch.repeat_interleave(torch.arange(len(run), device=run.device), run)
-            offset = torch.arange(len(same_i), device=run.device)
-            offset -= torch.repeat_interleave(run.cumsum(0) - run, run)
-            same_j = first[rows][same_i] + offset
-            i = torch.cat([i[other], same_i])
-            j = torch.cat([j[other], same_j])
-            same = torch.arange(len(i), device=i.device) >= len(i) - len(same_i)
-            block = _gathered_pairs(block_x, y, i, j, same, potential, needs_grad)
-        for whole, part in zip(terms, block, strict=True):
-            if whole is not None and part is not None:
-                whole[rows] = part
+    step = max(1, _BLOCK_PAIRS // len(y) // _TILE)  # tiles of a row block
+    if basis is None:
+        whole = range(0, acted_on.tiles, step)
+    else:
+        active = _active_tiles(acted_on, acting, potential, basis)
+        shares = [float(part.mean(dtype=torch.float32)) for part in active.split(step)]
+        whole = [i * step for i, share in enumerate(shares) if share > _ACTIVE_SHARE]
+        terms.active_share.copy_(active.mean(dtype=torch.float64))
+        for start in whole:
+            active[start : start + step] = False
+        rows, columns = active.nonzero(as_tuple=True)
+        for some_rows, some_columns in zip(rows.split(_CHUNK), columns.split(_CHUNK), strict=True):
+            _active_pairs(terms, acted_on, acting, some_rows, some_columns, potential)
+    if len(whole):
+        _whole_blocks(terms, acted_on, acting, whole, step * _TILE, potential)
     return terms
+
+
+def _no_terms(x: Tensor, needs_grad: bool) -> FieldTerms:
+    none = x.new_zeros(2, len(x), dtype=torch.int64)
+    return FieldTerms(
+        x.new_zeros(len(x), dtype=torch.float64),
+        none[0],
+        none[1],
+        torch.zeros_like(x) if needs_grad else None,
+        x.new_full((len(x),), torch.inf, dtype=torch.float64),
+        x.new_ones((), dtype=torch.float64),
+    )
+
+
+def _active_tiles(acted_on: _Cloud, acting: _Cloud, potential: Potential, basis: Tensor) -> Tensor:
+    """Which pairs of tiles may hold a pair that exerts force: bool [tiles of x, tiles of y]."""
+    rows, columns = _sketches(acted_on, potential, basis)
+    mutual = acting is acted_on
+    if not mutual:
+        _, columns = _sketches(acting, potential, basis)
+    first_x, last_x = acted_on.label_range()
+    first_y, last_y = acting.label_range()
+    active = (first_x[:, None] <= last_y) & (first_y <= last_x[:, None])
+    height, width = 1024, 2048  # of a product that caches hold
+    for i in range(0, len(rows), height):
+        part = rows[i : i + height]
+        # A mutual field is symmetric: the tiles below the diagonal mirror those above.
+        for j in range(i // width * width if mutual else 0, len(columns), width):
+            near = part @ columns[j : j + width].T
+            tiles = near.view(len(part) // _TILE, _TILE, -1, _TILE).amax((1, 3))
+            below = tiles < 0  # NaN is not
+            here = active[i // _TILE :, j // _TILE :][: below.shape[0], : below.shape[1]]
+            here |= below.logical_not_()
+    return active | active.T if mutual else active
+
+
+def _sketches(cloud: _Cloud, potential: Potential, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors of the test by rank, padded to whole tiles with points that are near nothing."""
+    points = cloud.points.float()
+    error = accumulation(points.shape[1]) + 2.0**-24
+    if not _multiplies_exactly(torch.float32):
+        error += 2.0**-5
+    norm = torch.linalg.vector_norm(points, dim=1)
+    rows, columns = lifted(points @ basis.float(), error * norm, potential.repulsion_radius)
+    factor_type = torch.bfloat16 if _multiplies_bfloat16(points.device) else torch.float32
+    padding = cloud.tiles * _TILE - len(cloud)
+
+    def arranged(factor: Tensor, lift: int) -> Tensor:
+        padded = factor.new_zeros(padding, factor.shape[1])
+        padded[:, lift] = -torch.inf
+        return torch.cat([factor[cloud.order], padded]).to(factor_type)
+
+    return arranged(rows, -4), arranged(columns, -2)
+
+
+@cache
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 products are the faster ones: where the CPU has instructions for them."""
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def _multiplies_exactly(dtype: torch.dtype) -> bool:
+    """Whether torch multiplies numbers of this dtype as they are, not rounded before."""
+    try:
+        return dtype == torch.float64 or torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # set for one backend in the newer way: it does not say which
+        return False
 
 
 def _slack(depth: int, dtype: torch.dtype) -> float:
@@ -101,89 +175,199 @@ def _slack(depth: int, dtype: torch.dtype) -> float:
     PyTorch may also have been allowed to round the factors, to bfloat16 at worst: 2^-8 each.
     """
     slack = 8 * (depth + 8) * torch.finfo(dtype).eps
-    try:
-        exact = dtype == torch.float64 or torch.get_float32_matmul_precision() == "highest"
-    except RuntimeError:  # set for one backend in the newer way: it does not say which
-        exact = False
-    return slack if exact else slack + 2.0**-5
+    return slack if _multiplies_exactly(dtype) else slack + 2.0**-5
 
 
-def _no_terms(x: Tensor, needs_grad: bool) -> FieldTerms:
-    none = x.new_zeros(2, len(x), dtype=torch.int64)
-    return FieldTerms(
-        x.new_zeros(len(x), dtype=torch.float64),
-        none[0],
-        none[1],
-        torch.zeros_like(x) if needs_grad else None,
+def _active_pairs(
+    terms: FieldTerms,
+    acted_on: _Cloud,
+    acting: _Cloud,
+    rows: Tensor,
+    columns: Tensor,
+    potential: Potential,
+) -> None:
+    """Add the terms of the active tiles (rows[t], columns[t])."""
+    (rank_x, exists_x), (rank_y, exists_y) = acted_on.tile_rows(rows), acting.tile_rows(columns)
+    index_x, index_y = acted_on.order[rank_x], acting.order[rank_y]
+    tile_x, tile_y = acted_on.points[index_x], acting.points[index_y]  # [T, 64, D]
+    same = acted_on.labels[rank_x][:, :, None] == acting.labels[rank_y][:, None, :]
+    norms = tile_x.square().sum(2)[:, :, None] + tile_y.square().sum(2)[:, None, :]
+    margin = norms * (0.5 * _slack(tile_x.shape[2], tile_x.dtype))
+    d2 = torch.baddbmm(norms, tile_x, tile_y.mT, alpha=-2)
+    nominated = torch.where(
+        same,
+        d2 >= potential.delta**2 - margin,
+        d2 < potential.repulsion_radius**2 + margin,
+    )
+    nominated &= exists_x[:, :, None] & exists_y[:, None, :]
+    # Float64 points have no wider type to hide the cancellation in: always by differences.
+    if tile_x.dtype != torch.float64:
+        many = nominated.sum((1, 2)) > _DENSE_SHARE_OF_TILE * _TILE**2
+        many &= exists_x.all(1) & exists_y.all(1)
+        t = many.nonzero().squeeze(1)
+        if len(t):
+            dense = _dense(tile_x[t], tile_y[t], same[t], potential, terms.grad is not None)
+            _add(terms, index_x[t].flatten(), dense)
+            nominated[t] = False
+    t, i, j = nominated.nonzero(as_tuple=True)
+    _add_pairs(
+        terms,
+        acted_on.points,
+        acting.points,
+        index_x[t, i],
+        index_y[t, j],
+        same[t, i, j],
+        potential,
     )
 
 
-def _gathered_pairs(
+def _whole_blocks(
+    terms: FieldTerms,
+    acted_on: _Cloud,
+    acting: _Cloud,
+    starts: range | list[int],
+    step: int,
+    potential: Potential,
+) -> None:
+    """Add the terms of the row blocks of `step` rows that start at tiles `starts`: all of y."""
+    y = acting.points[acting.order]
+    depth, dtype = y.shape[1], y.dtype
+    # [x, 1, -|x|^2/2] . [y, -|y|^2/2, 1] = -d^2/2, to within slack (|x|^2 + |y|^2) / 2, which the
+    # halved squares give away beforehand.
+    less = 0.5 * (1 - _slack(depth, dtype))
+    half_y = y.square().sum(1, keepdim=True).mul_(less)
+    lifted_y = torch.cat([y, -half_y, torch.ones_like(half_y)], 1)
+    near = -0.5 * potential.repulsion_radius**2
+    for start in starts:
+        ranks = slice(start * _TILE, start * _TILE + step)
+        index, labels = acted_on.order[ranks], acted_on.labels[ranks]
+        x = acted_on.points[index]
+        half_x = x.square().sum(1, keepdim=True).mul_(less)
+        lifted_x = torch.cat([x, torch.ones_like(half_x), -half_x], 1)
+        near_mask = (lifted_x @ lifted_y.T) > near
+        # Attraction is long-ranged: its pairs are the runs of equal labels, whatever the distance.
+        first = torch.searchsorted(acting.labels, labels)
+        run = torch.searchsorted(acting.labels, labels, right=True) - first
+        pairs = int(near_mask.sum()) + int(run.sum())
+        if pairs > _DENSE_SHARE * near_mask.numel() and dtype != torch.float64:
+            del near_mask
+            needs_grad = terms.grad is not None
+            _add(terms, index, _dense_rows(x, labels, y, acting.labels, potential, needs_grad))
+            continue
+        i, j = near_mask.nonzero(as_tuple=True)
+        other = labels[i] != acting.labels[j]
+        same_i = torch.repeat_interleave(torch.arange(len(run), device=run.device), run)
+        offset = torch.arange(len(same_i), device=run.device)
+        offset -= torch.repeat_interleave(run.cumsum(0) - run, run)
+        same_j = first[same_i] + offset
+        i = torch.cat([i[other], same_i])
+        j = torch.cat([j[other], same_j])
+        same = torch.arange(len(i), device=i.device) >= len(i) - len(same_i)
+        _add_pairs(terms, acted_on.points, y, index[i], j, same, potential)
+
+
+def _add(terms: FieldTerms, index: Tensor, part: FieldTerms) -> None:
+    """Add the terms of some points, listed by `index`, to those of all."""
+    terms.energy.index_add_(0, index, part.energy)
+    terms.attracting.index_add_(0, index, part.attracting)
+    terms.repelling.index_add_(0, index, part.repelling)
+    terms.nearest.scatter_reduce_(0, index, part.nearest, "amin")
+    if terms.grad is not None and part.grad is not None:
+        terms.grad.index_add_(0, index, part.grad.to(terms.grad.dtype))
+
+
+def _add_pairs(
+    terms: FieldTerms,
     x: Tensor,
     y: Tensor,
     i: Tensor,
     j: Tensor,
     same: Tensor,
     potential: Potential,
-    needs_grad: bool,
-) -> FieldTerms:
-    """The terms of rows `x` [R, D] from the listed pairs (i, j), by differences."""
-    terms = _no_terms(x, needs_grad)
-    step = max(1, _GATHER_ENTRIES // max(x.shape[1], 1))
+) -> None:
+    """Add the terms of points `x` [N, D] from the listed pairs (i, j), by differences."""
+    step = max(1, _GATHER_ENTRIES // x.shape[1])
     for start in range(0, len(i), step):
         part = slice(start, start + step)
         rows = i[part]
-        difference = x[rows] - y[j[part]]
-        psi, w, active = potential.pair_terms(difference.square().sum(1), same[part])
+        difference = x[rows].sub_(y[j[part]])
+        d2 = torch.linalg.vecdot(difference, difference)
+        psi, w, active = potential.pair_terms(d2, same[part])
+        repels = active & ~same[part]
         terms.energy.index_add_(0, rows, psi.double())
         terms.attracting.index_add_(0, rows, (active & same[part]).long())
-        terms.repelling.index_add_(0, rows, (active & ~same[part]).long())
+        terms.repelling.index_add_(0, rows, repels.long())
+        nearest = torch.where(repels, d2.double(), torch.inf)
+        terms.nearest.scatter_reduce_(0, rows, nearest, "amin")
         if terms.grad is not None:
             terms.grad.index_add_(0, rows, difference.mul_(w[:, None]))
-    return terms
 
 
-def _dense_block(
+def _dense_rows(
     x: Tensor,
     x_labels: Tensor,
     y: Tensor,
     y_labels: Tensor,
     potential: Potential,
-    origin: Tensor,
     needs_grad: bool,
 ) -> FieldTerms:
-    """The terms of rows `x` [R, D] in the field of all of `y`, in float64 tiles.
+    """The terms of rows `x` [R, D] in the field of all of `y`, in dense tiles."""
+    terms = _no_terms(x.double(), needs_grad)
+    for start in range(0, len(y), _COLUMNS):
+        columns = slice(start, start + _COLUMNS)
+        same = x_labels[:, None] == y_labels[columns]
+        part = _dense(x[None], y[None, columns], same[None], potential, needs_grad)
+        for mine, its in zip(terms[:4], part[:4], strict=True):
+            if mine is not None and its is not None:
+                mine.add_(its)
+        torch.minimum(terms.nearest, part.nearest, out=terms.nearest)
+    return terms
 
-    `origin` [D] is amid the points.
-    """
-    points, dtype = x, x.dtype
-    x = x.double() - origin
-    norm_x = x.square().sum(1)
-    terms = _no_terms(x, needs_grad)  # float64 like x
-    for start in range(0, len(y), _TILE):
-        tile = y[start : start + _TILE].double() - origin
-        norm_y = tile.square().sum(1)
-        d2 = torch.addmm(norm_y, x, tile.T, alpha=-2).add_(norm_x[:, None])
-        same = x_labels[:, None] == y_labels[None, start : start + _TILE]
-        norms = norm_x[:, None] + norm_y
-        psi, w, active = potential.pair_terms(d2.clamp_min_(0).to(dtype), same)
-        # Too near for float64: d^2 cancels, or w in the softened core outgrows the differences.
-        close = active & (d2 < (1e-8 * norms).clamp_min_(4 * potential.min_distance**2))
-        i, j = close.nonzero(as_tuple=True)
-        if len(i):
-            psi[i, j] = 0
-            w[i, j] = 0
-            active[i, j] = False
-            near = _gathered_pairs(
-                points, y[start : start + _TILE], i, j, same[i, j], potential, needs_grad
-            )
-            for whole, part in zip(terms, near, strict=True):
-                if whole is not None and part is not None:
-                    whole.add_(part)
-        terms.energy.add_(psi.sum(1, dtype=torch.float64))
-        terms.attracting.add_((active & same).sum(1))
-        terms.repelling.add_((active & ~same).sum(1))
-        if terms.grad is not None:  # w (x - y): the difference needs float64, the weight does not
-            w = w.double()
-            terms.grad.addcmul_(w.sum(1, keepdim=True), x).addmm_(w, tile, alpha=-1)
+
+def _dense(
+    x: Tensor, y: Tensor, same: Tensor, potential: Potential, needs_grad: bool
+) -> FieldTerms:
+    """The terms of points `x` [T, R, D] in the field of `y` [T, C, D], as [T R], in float64."""
+    depth, dtype = x.shape[2], x.dtype
+    origin = y.mean(1, keepdim=True, dtype=torch.float64)  # amid the points
+    wide_x, wide_y = x.double() - origin, y.double() - origin
+    norms = wide_x.square().sum(2)[:, :, None] + wide_y.square().sum(2)[:, None, :]
+    d2 = torch.baddbmm(norms, wide_x, wide_y.mT, alpha=-2).clamp_min_(0)
+    psi, w, active = potential.pair_terms(d2.to(dtype), same)
+    # Too near for float64: d^2 cancels, or w in the softened core outgrows the differences.
+    close = active & (d2 < norms.mul_(1e-8).clamp_min_(4 * potential.min_distance**2))
+    t, i, j = close.nonzero(as_tuple=True)
+    near = None
+    if len(t):
+        psi[t, i, j] = 0
+        w[t, i, j] = 0
+        active[t, i, j] = False
+        near = _no_terms(x.flatten(0, 1), needs_grad)
+        _add_pairs(
+            near,
+            x.flatten(0, 1),
+            y.flatten(0, 1),
+            t * x.shape[1] + i,
+            t * y.shape[1] + j,
+            same[t, i, j],
+            potential,
+        )
+    repels = active & ~same
+    grad = None
+    if needs_grad:  # w (x - y): the difference needs float64, the weight does not
+        w = w.double()
+        grad = torch.baddbmm(w.sum(2, keepdim=True) * wide_x, w, wide_y, alpha=-1)
+    terms = FieldTerms(
+        psi.sum(2, dtype=torch.float64).flatten(),
+        (active & same).sum(2).flatten(),
+        repels.sum(2).flatten(),
+        None if grad is None else grad.view(-1, depth),
+        torch.where(repels, d2, torch.inf).amin(2).flatten(),
+        x.new_ones((), dtype=torch.float64),
+    )
+    if near is not None:
+        for mine, its in zip(terms[:4], near[:4], strict=True):
+            if mine is not None and its is not None:
+                mine.add_(its)
+        torch.minimum(terms.nearest, near.nearest, out=terms.nearest)
     return terms

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pfml_triton import Potential
 from pfml_triton.potential import FieldTerms
+from pfml_triton.sketch import random_basis
 from reference import potential_field
 
 K = 1.0
@@ -49,6 +50,11 @@ def cloud(
     elif kind == "wide_norms":
         points *= torch.logspace(-3, 2, n)[:, None]
     return points.to(dtype), labels
+
+
+def basis(points: Tensor) -> Tensor:
+    """The sketch of `points` that is used if one knows nothing of them."""
+    return random_basis(points.shape[1], points.device)
 
 
 def truth(points: Tensor, labels: Tensor, potential: Potential) -> tuple[Tensor, Tensor]:
@@ -103,12 +109,14 @@ def assert_terms_near(ours: FieldTerms, true: FieldTerms, dtype: torch.dtype) ->
     assert ours.grad is not None
     assert true.grad is not None
     assert_near(ours.grad, true.grad, dtype, what="gradient")
+    near = true.nearest.double()
+    assert torch.allclose(ours.nearest.double(), near, rtol=1e-5, atol=1e-12)
 
 
 def assert_same_without_grad(alone: FieldTerms, terms: FieldTerms) -> None:
     """Bit for bit what was computed along with the gradient."""
     assert alone.grad is None
-    for a, b in zip(alone[:3], terms[:3], strict=True):
+    for a, b in zip((*alone[:3], *alone[4:]), (*terms[:3], *terms[4:]), strict=True):
         assert a is not None
         assert b is not None
         assert torch.equal(a, b)

@@ -27,17 +27,20 @@ def machine_code(shape: Shape, alpha: float = 3.0) -> dict[str, Any]:
     from pfml_triton import Potential
     from pfml_triton.kernels import launch
     from pfml_triton.kernels.config import tiles_for
+    from pfml_triton.sketch import random_basis
 
     arch, dtype, depth = shape
-    points = torch.empty(1000, depth, dtype=getattr(torch, dtype), device="meta")
-    labels = torch.empty(1000, dtype=torch.int64, device="meta")
-    tiles = tiles_for(depth, hip=arch.startswith("gfx"))
+    points = torch.empty(5000, depth, dtype=getattr(torch, dtype), device="meta")
+    labels = torch.empty(5000, dtype=torch.int64, device="meta")
+    basis = random_basis(depth, torch.device("cpu")).to("meta")
+    tiles = tiles_for(depth, hip=arch.startswith("gfx"), hopper=arch == "sm_90")
     codes = {}
     for needs_grad in (True, False):
         with aot.record() as launches:
             launch.field_terms(
-                points, labels, points, labels, Potential(alpha), needs_grad=needs_grad, tiles=tiles
-            )
+                points, labels, points, labels, Potential(alpha),
+                needs_grad=needs_grad, basis=basis, tiles=tiles,
+            )  # fmt: skip
         for made in launches:
             name = made.kernel.__name__
             if name == "_force_kernel":
@@ -59,14 +62,16 @@ def synchronisations(call: str) -> int:
 
     x = torch.randn(70, 20, device="meta", requires_grad=True)
     labels = torch.zeros(70, dtype=torch.int32, device="meta")
-    loss = PFMLLoss(5, 20, backend="triton").to("meta")
+    many, classes = x.new_empty(5000, 20).requires_grad_(), labels.new_empty(5000)
+    loss = PFMLLoss(5, 64, backend="triton").to("meta")
     calls = {
         "potential_energy": lambda: potential_energy(x, labels, backend="triton"),
+        "long lists": lambda: potential_energy(many, classes, backend="triton"),
         "sources": lambda: potential_energy(
             x, labels, sources=x + 1, source_labels=labels, backend="triton"
         ),
         "class_potential": lambda: class_potential(x, x.detach(), labels, 0, backend="triton"),
-        "PFMLLoss": lambda: loss(x, labels),
+        "PFMLLoss": lambda: loss(x.new_empty(70, 64).requires_grad_(), labels),
     }
     with (
         mock.patch.object(functional._triton_backend, "obstacle", return_value=None),

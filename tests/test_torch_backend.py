@@ -28,7 +28,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     monkeypatch.setattr(torch_backend, "_DENSE_SHARE", {"pairs": 2.0, "dense": -1.0}[request.param])
     monkeypatch.setattr(torch_backend, "_BLOCK_PAIRS", 3000)
     monkeypatch.setattr(torch_backend, "_GATHER_ENTRIES", 5000)
-    monkeypatch.setattr(torch_backend, "_TILE", 33)
+    monkeypatch.setattr(torch_backend, "_COLUMNS", 33)
     return str(request.param)
 
 

@@ -11,26 +11,33 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 FUSED = {"enable_fp_fusion": True}  # stated, for its default differs between Tritons
-PACK_ROWS = 16  # rows that one program of the pack kernel copies
+TILE_M, TILE_N = 16, 64  # rows and columns of an active tile
+FILTER_M = 128  # rows of a block of the filter
 MAX_SLICES = 4  # of 128; with eight the gradients no longer fit the registers of sm_80
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tile shape of the forces kernel.
+    """Tile shapes of the forces kernel and of the filter.
 
-    A program owns `block_m` points and `slices` slices of `block_d` of the depth; it meets the
-    others in tiles of `block_n`, nominating over `block_k` of the depth at a time.
+    A program of the forces owns TILE_M points and `slices` slices of `block_d` of the depth; it
+    meets the others in tiles of TILE_N, nominating over `block_k` of the depth at a time. A program
+    of the filter works on FILTER_M rows and `filter_n` columns at a time.
     """
 
-    block_m: int
-    block_n: int
     block_k: int
     block_d: int
     slices: int
     num_warps: int
     num_stages: int
     max_registers: int | None  # a thread; None leaves it to the compiler
+    filter_n: int
+    filter_warps: int
+    filter_stages: int
+    filter_strip: int = 8  # blocks that one program of the filter walks
+    chunk: int = 512  # tiles of a list that a program looks at together
+    least_budget: int = 64  # tiles of a list that one program always takes
+    extra_programs: int = 512  # for longer lists; each has sums for TILE_M points
 
     @property
     def depth_multiple(self) -> int:
@@ -42,8 +49,8 @@ class Tiles:
         return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
 
 
-def tiles_for(depth: int, *, hip: bool) -> Tiles:
-    """The tile shape for points of `depth` dimensions.
+def tiles_for(depth: int, *, hip: bool = False, hopper: bool = False) -> Tiles:
+    """The tile shapes for points of `depth` dimensions.
 
     The depth is padded to the next power of two up to 128, and from there to whole slices of 128,
     so that 384 costs three quarters of 512. Beyond 512 the slices are shared out evenly over
@@ -51,6 +58,10 @@ def tiles_for(depth: int, *, hip: bool) -> Tiles:
 
     256 threads a program: 8 warps of 32 on NVIDIA, 4 of 64 on AMD (`hip`). Left alone, NVIDIA's
     assembler spills inside loops to reach the next step of occupancy; a stated limit stops that.
+
+    The filter's products are 128 numbers a thread. On Hopper (`hopper`) its warp-group instructions
+    are at their best 256 columns wide; two programs share a multiprocessor, so that one multiplies
+    while the other takes maxima.
     """
     if depth <= 128:
         block_d = max(16, 1 << (depth - 1).bit_length())
@@ -60,12 +71,13 @@ def tiles_for(depth: int, *, hip: bool) -> Tiles:
         programs = -(-needed // MAX_SLICES)
         block_d, block_k, slices = 128, 64, -(-needed // programs)
     return Tiles(
-        block_m=16,
-        block_n=64,
         block_k=block_k,
         block_d=block_d,
         slices=slices,
         num_warps=4 if hip else 8,
         num_stages=3,
         max_registers=None if hip else 128 if block_d <= 64 else 255,
+        filter_n=256 if hopper else 128,
+        filter_warps=4,
+        filter_stages=2 if hopper else 3,
     )

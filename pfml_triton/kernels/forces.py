@@ -1,6 +1,6 @@
 """The forces kernel: nominate with a matrix product, evaluate from differences.
 
-A program owns BLOCK_M points and walks the tiles of other points that may act on them.
+A program owns BLOCK_M points and walks the active tiles of other points (plan.py).
 
 *Nominate.* One tensor-core product of the coarse (bfloat16) points gives every squared distance of
 the tile to within a proven margin, whatever the dtype of the points. Let x~ be the coarse point and
@@ -28,6 +28,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from .plan import _active_tiles
 
 
 @triton.jit
@@ -58,39 +60,53 @@ def _square(length, real: tl.constexpr):
 
 
 @triton.jit
-def _difference(x_ptr, x_row, y_ptr, y_row, d):
-    """x - y of BLOCK_M pairs at the depths d [BLOCK_D], in float32 (float64 for float64 points)."""
-    x = tl.load(x_ptr + x_row[:, None] + d[None, :])
-    y = tl.load(y_ptr + y_row[:, None] + d[None, :])
+def _difference(x_row, y_row, d, D, PADDED: tl.constexpr):
+    """x - y of pairs of rows at the depths d [BLOCK_D], in float32 (float64 for float64 points)."""
+    if PADDED:
+        x = tl.load(x_row[:, None] + d[None, :], mask=(d < D)[None, :], other=0.0)
+        y = tl.load(y_row[:, None] + d[None, :], mask=(d < D)[None, :], other=0.0)
+    else:
+        x = tl.load(x_row[:, None] + d[None, :])
+        y = tl.load(y_row[:, None] + d[None, :])
     real = tl.float64 if x.dtype == tl.float64 else tl.float32
     return x.to(real) - y.to(real)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "tiles_x", "tiles_y", "steps"])
 def _force_kernel(
-    x_ptr,  # [P, depth], points that are acted on; padded rows are zero
-    x_coarse_ptr,  # [P, depth] bfloat16, the same rounded
+    x_ptr,  # [N, D], the points that are acted on, as the caller has them
+    x_order_ptr,  # [P] int64, which of them comes in which row
+    x_coarse_ptr,  # [P, depth] bfloat16, the same in that order, rounded
     x_label_ptr,  # [P] int64
     x_sq_norm_ptr,  # [P], |coarse|^2; NaN in padded rows
     x_radius_ptr,  # [P], >= |point - coarse|
-    order_ptr,  # [N] int64, the row of grad and energy that each row of x belongs to
-    y_ptr,  # [Q, depth], points that act, packed like x
+    y_ptr,  # [M, D], the points that act
+    y_order_ptr,  # [Q] int64
     y_coarse_ptr,  # [Q, depth]
     y_label_ptr,  # [Q]
     y_sq_norm_ptr,  # [Q]
     y_radius_ptr,  # [Q]
-    tiles_ptr,  # [P / BLOCK_M, at most Q / BLOCK_N] int32, active tiles of y for every tile of x
-    counts_ptr,  # [P / BLOCK_M] int32, how many
-    energy_ptr,  # [N] out, energy of every point from the pairs that exert force on it
-    attracting_ptr,  # [N] int32 out, how many of them attract
-    repelling_ptr,  # [N] int32 out, how many repel
-    grad_ptr,  # [N, D] out, the derivative of the energy in the point
-    stride_tiles,
-    stride_counts,
+    y_first_label_ptr,  # [Q / BLOCK_N] int64
+    y_last_label_ptr,  # [Q / BLOCK_N] int64
+    near_ptr,  # [P / 16, Q / 128] uint8, see filter.py
+    extra_ptr,  # [tiles_x] int32, see plan.py
+    budget_ptr,  # [1] int32
+    energy_ptr,  # [N + 16 E] out, energy of every point from the pairs that exert force on it;
+    attracting_ptr,  # int32 out, how many of them attract;     of extra programs, behind those of
+    repelling_ptr,  # int32 out, how many repel;                the points
+    nearest_ptr,  # out, the smallest d^2 of those that repel
+    active_ptr,  # [tiles_x] int32 out, active tiles of each row tile
+    grad_ptr,  # [N + 16 E, D] out, the derivative of the energy in the point
+    stride_xn,
+    stride_yn,
+    stride_near,
     N,
     D,
     depth,
     coarse_depth,
+    tiles_x,
+    tiles_y,
+    steps,  # of a binary search in tiles_x
     alpha,
     residue,
     att_radius,
@@ -100,7 +116,10 @@ def _force_kernel(
     ALPHA: tl.constexpr,
     IS_INTEGER: tl.constexpr,
     NEEDS_GRAD: tl.constexpr,
+    SHARED_OUT: tl.constexpr,  # are there extra programs?
+    PADDED: tl.constexpr,  # is depth more than D?
     SLICES: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -110,17 +129,43 @@ def _force_kernel(
     first_slice = tl.program_id(1) * SLICES
     real = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
 
+    # Which part of which list
+    begin = 0
+    end = tiles_y
+    extra = tile_x - tiles_x
+    if SHARED_OUT:
+        budget = tl.load(budget_ptr)
+        end = budget
+        if extra >= 0:
+            if extra >= tl.load(extra_ptr + tiles_x - 1):
+                return
+            low = 0  # the first row tile with more extra programs up to and with it than `extra`
+            high = tiles_x - 1
+            for step in range(steps):
+                middle = (low + high) // 2
+                is_after = tl.load(extra_ptr + middle) <= extra
+                low = tl.where(is_after, middle + 1, low)
+                high = tl.where(is_after, high, middle)
+            tile_x = low
+            before = tl.load(extra_ptr + tile_x - 1, mask=tile_x > 0, other=0)
+            begin = (extra - before + 1) * budget
+            end = begin + budget
+
     # Offsets that grow with the cloud are int64 and scalar; what is left inside a tile is int32.
-    rows = tile_x * BLOCK_M + tl.arange(0, BLOCK_M)
     in_x = tl.arange(0, BLOCK_M)
     in_y = tl.arange(0, BLOCK_N)
+    in_chunk = tl.arange(0, CHUNK)
+    rows = tile_x * BLOCK_M + in_x
     k = tl.arange(0, BLOCK_K)
     d = tl.arange(0, BLOCK_D)
-    x_tile = x_ptr + (tile_x * BLOCK_M).to(tl.int64) * depth
+    x_order = tl.load(x_order_ptr + rows)
+    x_row = x_ptr + x_order * stride_xn
     x_coarse_tile = x_coarse_ptr + (tile_x * BLOCK_M).to(tl.int64) * depth
     x_label = tl.load(x_label_ptr + rows)
     x_sq_norm = tl.load(x_sq_norm_ptr + rows)
     x_radius = tl.load(x_radius_ptr + rows)
+    x_first_label = tl.load(x_label_ptr + tile_x * BLOCK_M)
+    x_last_label = tl.load(x_label_ptr + tl.minimum(tile_x * BLOCK_M + BLOCK_M, N) - 1)
 
     att_sq_radius = _square(att_radius, real)
     rep_sq_radius = _square(rep_radius, real)
@@ -129,77 +174,93 @@ def _force_kernel(
     energy = tl.zeros((BLOCK_M,), real)
     attracting = tl.zeros((BLOCK_M,), tl.int32)
     repelling = tl.zeros((BLOCK_M,), tl.int32)
+    nearest = tl.full((BLOCK_M,), float("inf"), real)
     grad = ()
     for i in tl.static_range(SLICES):
         grad = grad + (tl.zeros((BLOCK_M, BLOCK_D), real),)
 
-    for t in range(tl.load(counts_ptr + tile_x * stride_counts)):
-        tile_y = tl.load(tiles_ptr + tile_x.to(tl.int64) * stride_tiles + t)
-        cols = tile_y * BLOCK_N + in_y
-        y_tile = y_ptr + (tile_y * BLOCK_N).to(tl.int64) * depth
-        y_coarse_tile = y_coarse_ptr + (tile_y * BLOCK_N).to(tl.int64) * depth
+    active = 0
+    for first in range(0, tiles_y, CHUNK):
+        listed = _active_tiles(
+            near_ptr, stride_near, tile_x, x_first_label, x_last_label,
+            first, tiles_y, y_first_label_ptr, y_last_label_ptr, CHUNK,
+        )  # fmt: skip
+        ahead = active
+        active += tl.sum(listed, 0)
+        if SHARED_OUT:
+            rank = ahead + tl.cumsum(listed, 0) - listed
+            listed = tl.where((rank >= begin) & (rank < end), listed, 0)
+        for entry in range(tl.sum(listed, 0)):
+            in_list = tl.min(tl.where(listed != 0, in_chunk, CHUNK), 0)
+            listed = tl.where(in_chunk == in_list, 0, listed)
+            tile_y = first + in_list
+            cols = tile_y * BLOCK_N + in_y
+            y_coarse_tile = y_coarse_ptr + (tile_y * BLOCK_N).to(tl.int64) * depth
 
-        # Nominate
-        product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for start in range(0, coarse_depth, BLOCK_K):
-            a = tl.load(x_coarse_tile + in_x[:, None] * depth + (start + k)[None, :])
-            b = tl.load(y_coarse_tile + in_y[None, :] * depth + (start + k)[:, None])
-            product = tl.dot(a, b, product)
-        norms = x_sq_norm[:, None] + tl.load(y_sq_norm_ptr + cols)[None, :]
-        margin = x_radius[:, None] + tl.load(y_radius_ptr + cols)[None, :]
-        coarse_d2 = norms - 2.0 * product
-        outer = rep_radius + margin
-        inner = tl.maximum(att_radius - margin, 0.0)
-        same = x_label[:, None] == tl.load(y_label_ptr + cols)[None, :]
-        nominated = tl.where(
-            same,
-            coarse_d2 >= inner * inner - slack * norms,
-            coarse_d2 < outer * outer + slack * norms,
-        )
-        waiting = nominated.to(tl.int32)
-        tile_energy = tl.zeros((BLOCK_M,), real)
+            # Nominate
+            product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for start in range(0, coarse_depth, BLOCK_K):
+                a = tl.load(x_coarse_tile + in_x[:, None] * depth + (start + k)[None, :])
+                b = tl.load(y_coarse_tile + in_y[None, :] * depth + (start + k)[:, None])
+                product = tl.dot(a, b, product)
+            norms = x_sq_norm[:, None] + tl.load(y_sq_norm_ptr + cols)[None, :]
+            margin = x_radius[:, None] + tl.load(y_radius_ptr + cols)[None, :]
+            coarse_d2 = norms - 2.0 * product
+            outer = rep_radius + margin
+            inner = tl.maximum(att_radius - margin, 0.0)
+            same = x_label[:, None] == tl.load(y_label_ptr + cols)[None, :]
+            nominated = tl.where(
+                same,
+                coarse_d2 >= inner * inner - slack * norms,
+                coarse_d2 < outer * outer + slack * norms,
+            )
+            waiting = nominated.to(tl.int32)
+            tile_energy = tl.zeros((BLOCK_M,), real)
 
-        # Evaluate
-        for turn in range(tl.max(tl.sum(waiting, 1), 0)):
-            first = tl.min(tl.where(waiting != 0, in_y[None, :], BLOCK_N), 1)
-            waiting = tl.where(in_y[None, :] == first[:, None], 0, waiting)
-            taken = first < BLOCK_N
-            chosen = tl.where(taken, first, 0)
-            squares = tl.zeros((BLOCK_M, BLOCK_D), real)
-            for start in range(0, depth, BLOCK_D):
-                difference = _difference(x_tile, in_x * depth, y_tile, chosen * depth, start + d)
-                squares += difference * difference
-            d2 = tl.sum(squares, 1)
-            y_label = tl.load(y_label_ptr + tile_y * BLOCK_N + chosen)
-            attracts = taken & (x_label == y_label) & (d2 >= att_sq_radius)
-            repels = taken & (x_label != y_label) & (d2 < rep_sq_radius)
-            attracting += attracts.to(tl.int32)
-            repelling += repels.to(tl.int32)
-            clipped = tl.maximum(d2, core_sq_radius)
-            phi, stiffness = _phi_and_stiffness(clipped, alpha, residue, ALPHA, IS_INTEGER)
-            repulsion = phi + 0.5 * stiffness * (clipped - d2)
-            tile_energy += tl.where(attracts, -phi, tl.where(repels, repulsion, 0.0))
-            if NEEDS_GRAD:
-                weight = tl.where(attracts, stiffness, tl.where(repels, -stiffness, 0.0))
-                updated = ()
-                for i in tl.static_range(SLICES):
-                    difference = _difference(
-                        x_tile,
-                        in_x * depth,
-                        y_tile,
-                        chosen * depth,
-                        (first_slice + i) * BLOCK_D + d,
-                    )
-                    updated = updated + (grad[i] + weight[:, None] * difference,)
-                grad = updated
-        energy += tile_energy
+            # Evaluate
+            for turn in range(tl.max(tl.sum(waiting, 1), 0)):
+                column = tl.min(tl.where(waiting != 0, in_y[None, :], BLOCK_N), 1)
+                waiting = tl.where(in_y[None, :] == column[:, None], 0, waiting)
+                taken = column < BLOCK_N
+                chosen = tile_y * BLOCK_N + tl.where(taken, column, 0)
+                y_row = y_ptr + tl.load(y_order_ptr + chosen) * stride_yn
+                squares = tl.zeros((BLOCK_M, BLOCK_D), real)
+                for start in range(0, depth, BLOCK_D):
+                    difference = _difference(x_row, y_row, start + d, D, PADDED)
+                    squares += difference * difference
+                d2 = tl.sum(squares, 1)
+                y_label = tl.load(y_label_ptr + chosen)
+                attracts = taken & (x_label == y_label) & (d2 >= att_sq_radius)
+                repels = taken & (x_label != y_label) & (d2 < rep_sq_radius)
+                attracting += attracts.to(tl.int32)
+                repelling += repels.to(tl.int32)
+                nearest = tl.where(repels, tl.minimum(nearest, d2), nearest)
+                clipped = tl.maximum(d2, core_sq_radius)
+                phi, stiffness = _phi_and_stiffness(clipped, alpha, residue, ALPHA, IS_INTEGER)
+                repulsion = phi + 0.5 * stiffness * (clipped - d2)
+                tile_energy += tl.where(attracts, -phi, tl.where(repels, repulsion, 0.0))
+                if NEEDS_GRAD:
+                    weight = tl.where(attracts, stiffness, tl.where(repels, -stiffness, 0.0))
+                    updated = ()
+                    for i in tl.static_range(SLICES):
+                        depths = (first_slice + i) * BLOCK_D + d
+                        difference = _difference(x_row, y_row, depths, D, PADDED)
+                        updated = updated + (grad[i] + weight[:, None] * difference,)
+                    grad = updated
+            energy += tile_energy
 
     owned = rows < N
-    out_row = tl.load(order_ptr + rows, mask=owned, other=0)
+    out_row = x_order
+    if SHARED_OUT:
+        out_row = tl.where(extra >= 0, (N + extra * BLOCK_M + in_x).to(tl.int64), out_row)
+        owned = owned | (extra >= 0)
     if first_slice == 0:
         tl.store(energy_ptr + out_row, energy, mask=owned)
         tl.store(attracting_ptr + out_row, attracting, mask=owned)
         tl.store(repelling_ptr + out_row, repelling, mask=owned)
+        tl.store(nearest_ptr + out_row, nearest, mask=owned)
+        if extra < 0:
+            tl.store(active_ptr + tile_x, active)
     if NEEDS_GRAD:
         for i in tl.static_range(SLICES):
             depths = (first_slice + i) * BLOCK_D + d

@@ -18,7 +18,7 @@ def check(compiler: ProcessPoolExecutor, shapes: list[Shape], alpha: float = 3.0
     for shape, codes in zip(
         shapes, compiler.map(machine_code, shapes, [alpha] * len(shapes)), strict=True
     ):
-        assert len(codes) == 3, codes.keys()  # pack, and forces with and without gradient
+        assert len(codes) == 7, codes.keys()  # pack, filter, count, plan, forces twice, join
         for name, code in codes.items():
             if code.spills_in_loops:
                 faults.append(f"{shape} {name} spills in a loop: {code.spills_in_loops[:3]}")
@@ -26,7 +26,10 @@ def check(compiler: ProcessPoolExecutor, shapes: list[Shape], alpha: float = 3.0
                 faults.append(f"{shape} {name} has {code.stack_bytes} bytes of stack")
             if code.shared_bytes > SHARED_MEMORY[shape[0]]:
                 faults.append(f"{shape} {name} wants {code.shared_bytes} bytes of shared memory")
-            if name.startswith("_force") and code.tensor_core_instructions == 0:
+            if (
+                name.startswith(("_pack", "_filter", "_force"))
+                and code.tensor_core_instructions == 0
+            ):
                 faults.append(f"{shape} {name} has no tensor-core instruction")
     assert not faults, "\n".join(faults)
 
@@ -86,9 +89,18 @@ def test_only_spills_inside_loops_count() -> None:
     assert spills_in_loops(LISTING.splitlines()) == ["/*0010*/ LDL R2, [R1] ;"]
 
 
-@pytest.mark.parametrize("call", ["potential_energy", "sources", "class_potential", "PFMLLoss"])
-def test_nothing_waits_for_the_device(compiler: ProcessPoolExecutor, call: str) -> None:
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        ("potential_energy", 3),  # pack, filter, forces
+        ("long lists", 6),  # and count, plan, join
+        ("sources", 3 + 4 + 4),
+        ("class_potential", 4),
+        ("PFMLLoss", 3),
+    ],
+)
+def test_nothing_waits_for_the_device(
+    compiler: ProcessPoolExecutor, call: str, expected: int
+) -> None:
     """Forward and backward on meta tensors, which have no values to look at."""
-    launches = compiler.submit(synchronisations, call).result()
-    expected = {"potential_energy": 2, "sources": 8, "class_potential": 3, "PFMLLoss": 2}
-    assert launches == expected[call]
+    assert compiler.submit(synchronisations, call).result() == expected

@@ -6,6 +6,7 @@ tests are skipped.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from concurrent.futures import ProcessPoolExecutor
 
@@ -14,7 +15,8 @@ import torch
 
 from pfml_triton import Potential, torch_backend
 from pfml_triton.kernels.config import tiles_for
-from tests.clouds import assert_same_without_grad, assert_terms_near, cloud
+from pfml_triton.sketch import accumulation, lifted
+from tests.clouds import assert_same_without_grad, assert_terms_near, basis, cloud
 from tests.compiled import emulate
 
 pytestmark = [
@@ -41,11 +43,12 @@ def test_forces(
 ) -> None:
     x, labels = cloud(kind, n, depth, 4, dtype)
     arguments = (x, labels, x, labels, Potential(alpha, 0.2, 0.3))
-    true = torch_backend.field_terms(
-        x.double(), labels, x.double(), labels, arguments[-1], needs_grad=True
-    )
+    wide = x.double()
+    true = torch_backend.field_terms(wide, labels, wide, labels, arguments[-1], needs_grad=True)
     results = [
-        compiler.submit(emulate, "field_terms", arguments, {"needs_grad": needs_grad})
+        compiler.submit(
+            emulate, "field_terms", arguments, {"needs_grad": needs_grad, "basis": basis(x)}
+        )
         for needs_grad in (True, False)
     ]
     terms, alone = (r.result() for r in results)
@@ -64,23 +67,64 @@ def test_two_clouds(compiler: ProcessPoolExecutor, dtype: torch.dtype) -> None:
         x.double(), x_labels, y.double(), y_labels, arguments[-1],
         needs_grad=True,
     )  # fmt: skip
-    ours = compiler.submit(emulate, "field_terms", arguments, {"needs_grad": True}).result()
+    ours = compiler.submit(
+        emulate, "field_terms", arguments, {"needs_grad": True, "basis": basis(x)}
+    ).result()
     assert_terms_near(ours, true, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("filter_n", [128, 256])
+def test_filter_and_long_lists(
+    compiler: ProcessPoolExecutor, dtype: torch.dtype, filter_n: int
+) -> None:
+    """One point near all others, lists shared out over extra programs, blocks above the diagonal
+    and mirrored ones, padded tails; and the same pairs with every tile taken."""
+    x, labels = cloud("all_apart", 300, 80, 60, dtype)
+    x[7] *= 0
+    x[labels == labels[7]] *= 0.05
+    tiles = dataclasses.replace(
+        tiles_for(80), filter_n=filter_n, filter_strip=1, chunk=2, least_budget=1, extra_programs=9
+    )
+    wide = x.double()
+    p = Potential(3.0, 0.2, 0.9)
+    true = torch_backend.field_terms(wide, labels, wide, labels, p, needs_grad=True)
+    results = [
+        compiler.submit(
+            emulate,
+            "field_terms",
+            (x, labels, x, labels, p),
+            {"needs_grad": True, "basis": q, "tiles": tiles},
+        )
+        for q in (basis(x), None)
+    ]
+    pruned, dense = (r.result() for r in results)
+    assert_terms_near(pruned, true, torch.float32)
+    assert_terms_near(dense, true, torch.float32)
+    assert dense.active_share == 1
+    assert 0 < pruned.active_share < 0.7
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_pack(compiler: ProcessPoolExecutor, dtype: torch.dtype) -> None:
-    """Compiled code rounds to the nearest bfloat16, and the radius bounds the rest."""
+    """Compiled code rounds to the nearest bfloat16, and the radius bounds the rest; the sketches
+    are those of the torch backend to within what both allow for."""
     x, labels = cloud("wide_norms", 37, 70, 4, dtype)
-    tiles = tiles_for(70, hip=False)
-    packed = compiler.submit(emulate, "pack", (x, labels, tiles), {}).result()
-    assert torch.equal(packed.points[:37, :70], x[packed.order])
-    assert not packed.points[37:].any()
-    assert not packed.points[:, 70:].any()
-    assert torch.equal(packed.coarse, packed.points.bfloat16())
-    error = (packed.points.double() - packed.coarse.double()).norm(dim=1)
-    assert (packed.radius >= error).all()
-    assert (packed.radius <= 1.01 * error + 1e-30).all()
+    packed = compiler.submit(
+        emulate, "pack", (x, labels, tiles_for(70), 0.2, basis(x)), {}
+    ).result()
+    ordered = x[packed.order[:37]]
+    assert torch.equal(packed.coarse[:37, :70], ordered.bfloat16())
+    assert not packed.coarse[37:].any()
+    assert not packed.coarse[:, 70:].any()
+    error = (ordered.double() - packed.coarse[:37, :70].double()).norm(dim=1)
+    assert (packed.radius[:37] >= error).all()
+    assert (packed.radius[:37] <= 1.01 * error + 1e-30).all()
     norm = packed.coarse[:37].double().square().sum(1)
     assert torch.allclose(packed.sq_norm[:37].double(), norm, rtol=1e-6)
     assert torch.isnan(packed.sq_norm[37:]).all()
+    sketch = packed.coarse[:37, :70].float() @ basis(x).float()
+    wide = packed.radius[:37] + accumulation(70) * packed.sq_norm[:37].sqrt()
+    for ours, theirs in zip((packed.rows, packed.columns), lifted(sketch, wide, 0.2), strict=True):
+        assert torch.allclose(ours[:37].float(), theirs.float(), rtol=2.0**-7, atol=1e-6)
+        assert (ours[37:].float().amin(1) == -torch.inf).all()

@@ -12,7 +12,15 @@ from pfml_triton import Potential, class_potential, potential_energy
 from pfml_triton.kernels import launch
 from pfml_triton.kernels.config import Tiles, tiles_for
 from reference import potential_field as reference
-from tests.clouds import KINDS, assert_near, assert_same_without_grad, cloud, eager, truth
+from tests.clouds import (
+    KINDS,
+    assert_near,
+    assert_same_without_grad,
+    basis,
+    cloud,
+    eager,
+    truth,
+)
 
 # Lengths that float32 holds: Triton 3.6 rounds scalar arguments to it, float64 points or not.
 CORE = 2.0**-6
@@ -70,8 +78,9 @@ def test_exponents(alpha: float, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("n", "depth", "tiles"),
     [
-        (50, 20, {"block_n": 16, "block_k": 16}),
-        (50, 40, {"block_m": 32, "block_n": 32, "block_k": 32}),
+        (50, 20, {"block_k": 16}),
+        (50, 40, {"block_k": 32, "filter_n": 256}),
+        (150, 40, {"chunk": 1, "filter_strip": 1}),
         (20, 70, {"block_d": 16, "block_k": 16, "slices": 2}),
     ],
 )
@@ -89,7 +98,9 @@ def test_tile_shapes_agree(n: int, depth: int, tiles: dict[str, int]) -> None:
 
 
 def field(x: Tensor, labels: Tensor, tiles: Tiles | None = None) -> tuple[Tensor, Tensor]:
-    terms = launch.field_terms(x, labels, x, labels, Potential(), needs_grad=True, tiles=tiles)
+    terms = launch.field_terms(
+        x, labels, x, labels, Potential(), needs_grad=True, basis=basis(x), tiles=tiles
+    )
     assert terms.grad is not None
     return terms.energy, terms.grad
 
@@ -97,7 +108,7 @@ def field(x: Tensor, labels: Tensor, tiles: Tiles | None = None) -> tuple[Tensor
 def test_energy_is_the_same_with_and_without_gradient() -> None:
     x, labels = cloud("collisions", 70, 12, 3, torch.float32)
     terms, alone = (
-        launch.field_terms(x, labels, x, labels, Potential(), needs_grad=needs_grad)
+        launch.field_terms(x, labels, x, labels, Potential(), needs_grad=needs_grad, basis=basis(x))
         for needs_grad in (True, False)
     )
     assert_same_without_grad(alone, terms)
@@ -176,16 +187,17 @@ def test_two_clouds(dtype: torch.dtype) -> None:
 def test_padding_reads_nothing_uninitialised() -> None:
     """Packed buffers come from torch.empty, which holds NaN in these tests."""
     x, labels = cloud("clusters", 21, 5, 3, torch.float32)
-    packed = launch.pack(x, labels, tiles_for(5, hip=False))
-    assert torch.equal(packed.points[:21, :5], x[packed.order])
-    assert not packed.points[21:].any()
-    assert not packed.points[:, 5:].any()
+    packed = launch.pack(x, labels, tiles_for(5), 0.2, basis(x))
+    assert torch.equal(packed.labels[:21], labels[packed.order[:21]])
+    assert not packed.coarse[21:].any()
+    assert not packed.coarse[:, 5:].any()
     assert torch.isnan(packed.sq_norm[21:]).all()  # never nominated
     assert torch.equal(packed.coarse, packed.coarse.bfloat16().float())
-    error = (packed.points.double() - packed.coarse.double()).norm(dim=1)
-    assert (packed.radius.double() >= error).all()
+    ordered = x[packed.order[:21]]
+    error = (ordered.double() - packed.coarse[:21, :5].double()).norm(dim=1)
+    assert (packed.radius[:21].double() >= error).all()
     # The interpreter truncates to bfloat16; compiled code rounds, see test_emulated.
-    assert (packed.radius[:21] <= 2.0**-7 * packed.points[:21].norm(dim=1)).all()
+    assert (packed.radius[:21] <= 2.0**-7 * ordered.norm(dim=1)).all()
 
 
 def test_results_are_the_same_bit_for_bit_every_time() -> None:
@@ -228,7 +240,9 @@ def test_nominated_in_spite_of_the_products_rounding() -> None:
         d = (x.double() - y.double()).norm().item()
         p = Potential(3.0, 0.5 * d, d * (1 + 3e-7))
         labels = torch.arange(2)
-        terms = launch.field_terms(x, labels[:1], y, labels[1:], p, needs_grad=False)
+        terms = launch.field_terms(
+            x, labels[:1], y, labels[1:], p, needs_grad=False, basis=basis(x)
+        )
         assert terms.repelling.tolist() == [1]
 
 
@@ -242,7 +256,7 @@ def test_nominated_with_one_coarse_cloud_exact(swapped: bool) -> None:
     for i in range(24):
         clouds = [(x[i : i + 1], torch.tensor([0])), (y[i : i + 1], torch.tensor([1]))]
         (a, a_labels), (b, b_labels) = reversed(clouds) if swapped else clouds
-        terms = launch.field_terms(a, a_labels, b, b_labels, p, needs_grad=False)
+        terms = launch.field_terms(a, a_labels, b, b_labels, p, needs_grad=False, basis=basis(x))
         assert terms.repelling.tolist() == [1]
 
 
@@ -252,5 +266,7 @@ def test_nominated_where_the_margin_exceeds_the_radius() -> None:
     x = 40 * torch.randn(24, 64, generator=g)
     y = x + 0.27 * torch.nn.functional.normalize(torch.randn(24, 64, generator=g), dim=1)
     labels = torch.arange(24)
-    terms = launch.field_terms(x, labels, y, labels, Potential(3.0, 0.25), needs_grad=False)
+    terms = launch.field_terms(
+        x, labels, y, labels, Potential(3.0, 0.25), needs_grad=False, basis=basis(x)
+    )
     assert terms.attracting.tolist() == [1] * 24

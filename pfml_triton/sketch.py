@@ -1,0 +1,123 @@
+"""The sketch: 64 columns of bfloat16 that tell which points are surely not near each other.
+
+Let Q [D, K - 4] have a spectral norm of at most 1. Then the sketch s = x Q shrinks distances,
+|s_x - s_y| <= |x - y|, so that points whose sketches lie apart are apart, whatever Q is. Q decides
+how much is pruned, never what the result is.
+
+What the machine holds is a rounded s~ with |s~ - s| <= r, the *radius* of a point. If a pair of
+points may repel, |x - y| < R, then |s~_x - s~_y| < R + r_x + r_y, and as (r_x + r_y)^2 <=
+2 (r_x^2 + r_y^2),
+
+    |s~_x - s~_y|^2 < R^2 + 2 R (r_x + r_y) + 2 (r_x^2 + r_y^2).
+
+Halved and sorted by point, with g = R r + r^2 + R^2 / 4 and the *lift* l = g - |s~|^2 / 2,
+
+    s~_x . s~_y + l_x + l_y > 0.
+
+That is one inner product of [s~_x, l_x, 1] with [s~_y, 1, l_y]: no norms to add, no threshold to
+compare with but 0, and a maximum over a tile of pairs says whether any of them may repel.
+
+*Radius.* It is the sum of the errors that s~ has seen:
+
+- of the points, if a rounded copy x~ of them is multiplied: |(x - x~) Q| <= |x - x~|;
+- of the accumulation over the depth. Tensor cores align the terms of an addition to the largest and
+  truncate: an addition is off by 2^-23 of the largest partial sum at most, which |x| |q| bounds
+  (float32 in any order is off by less). A column of s is off by (D + 16) 2^-23 |x| |q_j| or less,
+  and s by (D + 16) 2^-23 |x| times the Frobenius norm of Q, which is below 8: `accumulation`;
+- of the rounding to bfloat16, computed for each point.
+
+*Product.* It is made of bfloat16 numbers, whose products are exact in float32 (and in TF32, which
+keeps more bits). Its sum has K <= 64 terms, and no term or partial sum exceeds t_x + t_y with t =
+|s~|^2 + g, since |s~_x . s~_y| <= (|s~_x|^2 + |s~_y|^2) / 2. The accumulation is thus off by
+(2 K + 16) 2^-23 < 2^-15.8 of t_x + t_y at most. The lift takes two columns, a bfloat16 and the
+bfloat16 of what is left: off by 2^-16 of it (2^-18 where rounding is to nearest). The float32
+arithmetic that makes the lift loses less than 2^-20 of t. Together that is less than 2^-14
+(`SLACK`) of t_x + t_y, which each point adds to its lift. Rounding the product itself, to bfloat16
+say, moves no sign; where it underflows to 0 it counts as positive.
+
+*Distance.* The pairs that exert force are those whose distance, *as computed*, is below delta_rep.
+The computed square of a distance is off by (D + 2) 2^-24 of itself, so R = 1.001 delta_rep
+(`REACH`) covers every depth below 16,000.
+
+*Spectral norm.* Q is 0.98 times orthonormal columns, rounded to bfloat16. The rounding is 2^-9 of
+an entry, so its Frobenius norm is at most 2^-9 * 0.98 * 60^(1/2) < 0.015, and |Q| < 0.995. Points
+of D <= 60 are their own sketch: Q is the identity.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+LIFT = 4  # columns of the lift: two of this point, two of ones for the other's
+MAX_DEPTH = 64  # of a sketch, with those
+SLACK = 2.0**-14
+REACH = 1.001
+_SHRINK = 0.98
+
+
+def sketch_depth(dim: int) -> int:
+    """K, the columns of the sketch of points of `dim` dimensions: 16, 32 or 64."""
+    return min(MAX_DEPTH, max(16, 1 << (dim + LIFT - 1).bit_length()))
+
+
+def accumulation(dim: int) -> float:
+    """Bound of the error of a sketch from the summation over the depth, as a share of |x|."""
+    return 8 * (dim + 16) * 2.0**-23
+
+
+@cache
+def random_basis(dim: int, device: torch.device) -> Tensor:
+    """Q [dim, at most 60] bfloat16 for a cloud one knows nothing of: the same every time."""
+    width = sketch_depth(dim) - LIFT
+    if dim <= width:
+        return torch.eye(dim, dtype=torch.bfloat16, device=device)
+    generator = torch.Generator().manual_seed(0)
+    columns = torch.randn(dim, width, generator=generator, dtype=torch.float64)
+    basis = _SHRINK * torch.linalg.qr(columns).Q
+    return basis.to(device, torch.bfloat16, memory_format=torch.contiguous_format)
+
+
+def turned_basis(basis: Tensor, points: Tensor) -> Tensor:
+    """`basis` turned towards the leading directions of the covariance of `points` [N, dim].
+
+    One step of subspace iteration: from call to call the columns approach the leading directions,
+    and follow them as the points move. A result that is not finite, or whose spectral norm cannot
+    be shown to be at most 1, is dropped in favour of the old one, on the device.
+    """
+    dim, width = basis.shape
+    if dim == width or len(points) < 2:
+        return basis
+    centred = points.detach().float()
+    centred = centred - centred.mean(0)
+    columns = torch.linalg.qr(centred.T @ (centred @ basis.float())).Q
+    turned = (_SHRINK * columns).to(torch.bfloat16).float()
+    norm = (turned.T @ turned).abs().sum(0).amax()  # at least the square of the spectral norm
+    return torch.where(norm <= 1, turned, basis.float()).to(basis.dtype)
+
+
+def lifted(sketch: Tensor, error: Tensor, delta_rep: float) -> tuple[Tensor, Tensor]:
+    """The two factors of the test, bfloat16 [N, K]: of points as rows, and as columns.
+
+    Args:
+        sketch: s [N, K - 4] float32.
+        error: [N] bound of |s - x Q|.
+        delta_rep: radius of the repulsion.
+    """
+    reach = REACH * delta_rep
+    rounded = sketch.to(torch.bfloat16)
+    wide = rounded.float()
+    radius = torch.linalg.vector_norm(sketch - wide, dim=1).mul_(1.001).add_(error)
+    square = wide.square().sum(1)
+    given = (reach + radius) * radius + 0.25 * reach * reach
+    lift = given - 0.5 * square + SLACK * (given + square)
+    lift = torch.where(square.isfinite(), lift, torch.inf)
+    high = lift.to(torch.bfloat16)
+    low = torch.where(high.isinf(), 0.0, lift - high.float()).to(torch.bfloat16)
+    ones = torch.ones_like(high)
+    return (
+        torch.cat([rounded, torch.stack([high, low, ones, ones], 1)], 1),
+        torch.cat([rounded, torch.stack([ones, ones, high, low], 1)], 1),
+    )
