@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.settings import DEVICES, RetrievalSettings
+from bench.settings import DEVICES, PROVIDERS, SIZES, PruningSettings, RetrievalSettings
 
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
 
@@ -20,6 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
     _add_retrieval(commands)
+    _add_pruning(commands)
     _add_figure(commands)
     return parser
 
@@ -85,6 +86,42 @@ def _retrieval(parsed: argparse.Namespace) -> None:
 
     values = {name: value for name, value in vars(parsed).items() if name not in ("command", "out")}
     run(RetrievalSettings(**values), parsed.out)
+
+
+def _add_pruning(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "pruning",
+        help="time and memory with pruning and without (eight minutes of an idle machine)",
+        description="Measure forward and backward of the energy with pruning, without it, and as "
+        "plain PyTorch writes it (eager and torch.compile): time, peak memory and operations, on "
+        "clouds of well-separated classes and on those where nothing can be pruned. Checks that "
+        "all gradients agree before it takes a time.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    default = PruningSettings()
+    add = parser.add_argument
+    add("--sizes", nargs="+", choices=SIZES, default=list(default.sizes),
+        help="clouds: N = 8,000; 22,736, a batch and proxies as on SOP; 100,000; and 8,000 where "
+        "every pair acts")  # fmt: skip
+    add("--providers", nargs="+", choices=PROVIDERS, default=list(default.providers),
+        help="what is measured")  # fmt: skip
+    add("--repeats", type=int, metavar="N", default=default.repeats, help="timed calls of each")
+    add("--depth", type=int, metavar="D", default=default.depth, help="length of the points")
+    add("--seed", type=int, metavar="N", default=default.seed, help="of the points")
+    add("--device", choices=DEVICES, default=default.device, help="auto: a GPU if there is one")
+    add("--slow", action="store_true", help="also what takes minutes: large without pruning")
+    add("--threads", type=int, metavar="N", help="CPU threads; PyTorch's own choice if not given")
+    add("--out", type=Path, metavar="FOLDER", default=Path("runs"),
+        help="gets a row in pruning.jsonl for each cloud and provider")  # fmt: skip
+    parser.set_defaults(command=_pruning)
+
+
+def _pruning(parsed: argparse.Namespace) -> None:
+    from bench.pruning import run
+
+    values = {name: value for name, value in vars(parsed).items() if name not in ("command", "out")}
+    values |= {"sizes": tuple(parsed.sizes), "providers": tuple(parsed.providers)}
+    run(PruningSettings(**values), parsed.out)
 
 
 def _add_figure(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

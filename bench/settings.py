@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 DEVICES = ("auto", "cpu", "cuda")
+SIZES = ("small", "sop", "large", "worst")
+PROVIDERS = ("pfml", "pfml dense", "eager", "compile")
 
 
 @dataclass(frozen=True)
@@ -38,3 +40,36 @@ class RetrievalSettings:
     lr: float = 3e-3
     proxy_lr_mult: float = 100.0
     threads: int | None = None
+
+
+@dataclass(frozen=True)
+class PruningSettings:
+    """Settings of one measurement of the pruning; the defaults are sized for two CPU cores.
+
+    Args:
+        sizes: some of `SIZES`.
+        providers: some of `PROVIDERS`.
+        repeats: timed calls of each provider, in turn with the others.
+        depth: D of the points.
+        seed: of the points.
+        device: one of `DEVICES`.
+        slow: also run what takes minutes: "pfml dense" on the large cloud.
+        threads: CPU threads of PyTorch, None for its own choice.
+        small_points, large_points, worst_points: N of these clouds, in classes of 4.
+        sop_classes: classes of 2 proxies, as many as Stanford Online Products has to train on.
+        sop_batch: samples beside those proxies, 2 of a class.
+    """
+
+    sizes: tuple[str, ...] = SIZES
+    providers: tuple[str, ...] = PROVIDERS
+    repeats: int = 5
+    depth: int = 512
+    seed: int = 0
+    device: str = "auto"
+    slow: bool = False
+    threads: int | None = None
+    small_points: int = 8_000
+    large_points: int = 100_000
+    worst_points: int = 8_000
+    sop_classes: int = 11_318
+    sop_batch: int = 100

@@ -95,7 +95,7 @@ def turned_basis(basis: Tensor, points: Tensor) -> Tensor:
     columns = torch.linalg.qr(centred.T @ (centred @ basis.float())).Q
     turned = (_SHRINK * columns).to(torch.bfloat16).float()
     norm = (turned.T @ turned).abs().sum(0).amax()  # at least the square of the spectral norm
-    return torch.where(norm <= 1, turned, basis.float()).to(basis.dtype)
+    return torch.where(norm <= 1, turned, basis.float()).to(basis.dtype).contiguous()
 
 
 def lifted(sketch: Tensor, error: Tensor, delta_rep: float) -> tuple[Tensor, Tensor]:

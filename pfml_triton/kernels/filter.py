@@ -55,8 +55,8 @@ def _filter_kernel(
         product = tl.reshape(tl.dot(a, b), (TILES_M, 2, 8, TILES_N // 4, 2, 4, 4, 2))
         largest = tl.max(tl.max(tl.max(product, 7), 4), 1)  # inside a thread, for NVIDIA's layouts
         bits = tl.where(largest >= 0, 1 << bit[None, None, :, :, None], 0)
-        bits = tl.reduce(tl.reduce(tl.reduce(bits, 2, _either), 2, _either), 2, _either)
-        word = tl.reduce(bits, 1, _either)  # [TILES_M], a bit for each tile of columns
+        bits = tl.sum(tl.sum(bits, 3), 2)  # of one thread
+        word = tl.reduce(tl.reduce(bits, 2, _either), 1, _either)  # [TILES_M]
         if BLOCK_N == 256:
             to = (above_ptr + 2 * block_y).to(tl.pointer_type(tl.int16))
             tl.store(to, word.to(tl.int16))

@@ -19,8 +19,9 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--help"], ["retrieval", "figure"]),
+        (["--help"], ["retrieval", "pruning", "figure"]),
         (["retrieval", "--help"], ["--epochs", "--device", "{auto,cpu,cuda}", "--out"]),
+        (["pruning", "--help"], ["--sizes", "--slow", "{auto,cpu,cuda}", "--out"]),
         (["figure", "--help"], ["--out"]),
     ],
 )
@@ -37,6 +38,7 @@ def test_help(arguments: list[str], words: list[str]) -> None:
         (["nothing"], ["'nothing'", "retrieval", "figure"]),
         (["retrieval", "--device", "tpu"], ["'tpu'", "auto", "cpu", "cuda"]),
         (["retrieval", "--epochs", "many"], ["--epochs", "'many'"]),
+        (["pruning", "--sizes", "huge"], ["'huge'", "small", "sop", "large", "worst"]),
         (["figure"], ["--out"]),
     ],
 )

@@ -1,0 +1,194 @@
+"""The filter's bound, attacked: no pair that exerts force is ever dropped."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from pfml_triton import Potential, potential_energy
+from pfml_triton.sketch import (
+    MAX_DEPTH,
+    REACH,
+    accumulation,
+    lifted,
+    random_basis,
+    sketch_depth,
+    turned_basis,
+)
+
+CPU = torch.device("cpu")
+DEPTHS = (1, 2, 7, 28, 60, 61, 64, 200, 512, 1000, 2048)
+NORMS = (1e-3, 1.0, 30.0, 1e3)
+
+
+def unit(x: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(x, dim=1)
+
+
+def ulps(x: Tensor, steps: Tensor) -> Tensor:
+    """float32 numbers moved by whole units in their last place."""
+    return (x.view(torch.int32) + steps).view(torch.float32)
+
+
+def partners(depth: int, norm: float, delta: float, n: int = 64) -> tuple[Tensor, Tensor]:
+    """x and y [n, depth], each pair at delta to within some ulps, along directions that the sketch
+    keeps and along random ones."""
+    basis = random_basis(depth, CPU).double()
+    x = norm * unit(torch.randn(n, depth, dtype=torch.float64))
+    inside = unit(torch.randn(n, basis.shape[1], dtype=torch.float64) @ basis.T)
+    step = torch.where(
+        torch.arange(n)[:, None] % 4 > 0, inside, unit(torch.randn(n, depth).double())
+    )
+    x, y = x.float(), (x + delta * step).float()
+    # The rounding of large points moves them by more than an ulp of delta: search the last place.
+    for scale in (1 - 1e-7, 1 - 1e-6, 1 - 1e-4, 1 - 1e-3):
+        apart = (x.double() - y.double()).norm(dim=1) >= delta
+        nearer = (x.double() + scale * delta * step).float()
+        y = torch.where(apart[:, None], nearer, y)
+    return x, y
+
+
+def factors(
+    x: Tensor, delta: float, basis: Tensor | None = None, error: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """What the backends make of points, here from a float64 product: [N, K] bfloat16 each."""
+    if basis is None:
+        basis = random_basis(x.shape[1], CPU)
+    share = accumulation(x.shape[1]) if error is None else error
+    sketch = (x.double() @ basis.double()).float()
+    return lifted(sketch, share * x.norm(dim=1), delta)
+
+
+def tensor_core(a: Tensor, b: Tensor, group: int) -> Tensor:
+    """Row by row inner products as tensor cores may compute them: `group` terms and the sum so far
+    are aligned to the largest and truncated to 24 bits."""
+    terms = a.double() * b.double()
+    total = terms.new_zeros(len(a), 1)
+    for part in terms.split(group, dim=1):
+        aligned = torch.cat([total, part], 1)
+        largest = aligned.abs().amax(1, keepdim=True).clamp_min(1e-300)
+        quantum = torch.exp2(largest.log2().floor() - 23)
+        total = ((aligned / quantum).trunc() * quantum).sum(1, keepdim=True)
+    return total.squeeze(1)
+
+
+def computed_as_near(x: Tensor, y: Tensor, delta: float) -> Tensor:
+    """Whether the squared distance, as float32 differences give it, is below delta^2."""
+    return (x - y).square().sum(1) < torch.tensor(delta).square()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_no_pair_at_the_radius_is_dropped(depth: int, norm: float) -> None:
+    delta = 0.2
+    x, y = partners(depth, norm, delta)
+    rows, _ = factors(x, delta)
+    _, columns = factors(y, delta)
+    near = computed_as_near(x, y, delta)
+    assert near.sum() >= 16
+    for group in (1, 4, 8, 16, MAX_DEPTH):
+        assert (tensor_core(rows, columns, group)[near] >= 0).all(), group
+    assert ((rows.float() * columns.float()).sum(1)[near] >= 0).all()
+    tf32 = [(f.float().view(torch.int32) & ~0x1FFF).view(torch.float32) for f in (rows, columns)]
+    assert torch.equal(tf32[0], rows.float())
+    assert torch.equal(tf32[1], columns.float())
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("depth", [1, 7, 28, 60])
+def test_rounding_that_pushes_apart(depth: int, norm: float) -> None:
+    """Every coordinate of x just above the middle of two bfloat16 numbers, every one of y below:
+    rounding adds a bfloat16 ulp to each difference. Without the radius these pairs are lost."""
+    base = (norm * unit(torch.rand(64, depth) + 0.5)).bfloat16().float()
+    gap = base.bfloat16().float().view(torch.int32) + 0x8000
+    middle = gap.view(torch.float32)  # half way to the next bfloat16 number
+    steps = torch.ones(64, depth, dtype=torch.int32)
+    x, y = ulps(middle, steps), ulps(middle, -steps)
+    assert (x.bfloat16() > y.bfloat16()).all()
+    d = (x.double() - y.double()).norm(dim=1)
+    for i in range(0, 64, 8):
+        delta = float(d[i]) * 1.01
+        row, _ = factors(x[i : i + 1], delta)
+        _, column = factors(y[i : i + 1], delta)
+        assert (row.double() * column.double()).sum() >= 0
+        # The same with lifts that know of no rounding.
+        row, column = row.double(), column.double()
+        k = depth
+        for f, at in ((row, k), (column, k + 2)):
+            f[:, at : at + 2] = 0
+            f[:, at] = (0.5 * REACH * delta) ** 2 - 0.5 * f[:, :k].square().sum(1)
+        assert (row * column).sum() < 0
+
+
+@pytest.mark.parametrize(
+    ("backend", "depth", "norm"),
+    [("torch", depth, norm) for depth in DEPTHS for norm in NORMS]
+    + [("triton", depth, norm) for depth in (1, 28, 60, 61, 512) for norm in (1.0, 1e3)],
+)
+def test_backends_drop_nothing(backend: str, depth: int, norm: float) -> None:
+    delta = 0.1875
+    x, y = partners(depth, norm, delta, 48)
+    points = torch.cat([x, y])
+    labels = torch.arange(96)
+    results = []
+    for prune in (True, False):
+        p = points.clone().requires_grad_()
+        energy = potential_energy(p, labels, Potential(3.0, delta), prune=prune, backend=backend)
+        (grad,) = torch.autograd.grad(energy, p)
+        results.append((energy.detach(), grad))
+    assert results[1][1].abs().sum() > 0
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, rtol=1e-6, atol=1e-6 * float(b.abs().max()))
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_a_basis_never_lengthens(depth: int, cast: torch.dtype) -> None:
+    random = random_basis(depth, CPU)
+    assert random.shape == (depth, min(depth, sketch_depth(depth) - 4))
+    points = torch.randn(300, depth) * torch.logspace(0, -2, depth)
+    turned = turned_basis(random.to(cast), points)
+    for basis in (random.to(cast), turned):
+        assert basis.is_contiguous()
+        assert torch.linalg.matrix_norm(basis.to(torch.bfloat16).double(), 2) <= 1
+
+
+def test_the_turned_basis_finds_the_leading_directions() -> None:
+    axes = torch.linalg.qr(torch.randn(200, 200))[0]
+    points = (torch.randn(500, 200) * torch.logspace(0, -3, 200)) @ axes.T + 5
+    basis = random_basis(200, CPU)
+    kept = []
+    for _ in range(4):
+        centred = points - points.mean(0)
+        kept.append(float((centred @ basis.float()).square().sum() / centred.square().sum()))
+        basis = turned_basis(basis, points)
+    assert kept[0] < 0.5
+    assert kept[1] > 0.9
+    assert kept[3] > 0.94  # the best 60 of 200 directions hold 0.984, and Q is 0.98 as long
+    assert all(b >= a - 1e-3 for a, b in itertools.pairwise(kept))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_points_that_are_not_finite_leave_the_basis_alone(bad: float) -> None:
+    points = torch.randn(300, 100)
+    points[3, 4] = bad
+    basis = random_basis(100, CPU)
+    assert torch.equal(turned_basis(basis, points), basis)
+
+
+@pytest.mark.parametrize("points", [torch.zeros(50, 100), torch.ones(1, 100), torch.zeros(0, 100)])
+def test_points_without_directions_give_a_basis_all_the_same(points: Tensor) -> None:
+    basis = turned_basis(random_basis(100, CPU), points)
+    assert torch.linalg.matrix_norm(basis.double(), 2) <= 1
+
+
+def test_norms_that_overflow_are_near_to_everything() -> None:
+    sketch = torch.tensor([[1e25, 1.0], [1.0, 2.0]])
+    rows, columns = lifted(sketch, torch.zeros(2), 0.2)
+    near = rows.float() @ columns.float().T
+    assert not (near[0] < 0).any()
+    assert not (near[:, 0] < 0).any()
