@@ -69,7 +69,7 @@ def tiles_for(depth: int, *, hip: bool = False, hopper: bool = False) -> Tiles:
     else:
         needed = -(-depth // 128)
         programs = -(-needed // MAX_SLICES)
-        block_d, block_k, slices = 128, 64, -(-needed // programs)
+        block_d, block_k, slices = 128, 128, -(-needed // programs)
     return Tiles(
         block_k=block_k,
         block_d=block_d,

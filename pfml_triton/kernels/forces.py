@@ -118,6 +118,7 @@ def _force_kernel(
     NEEDS_GRAD: tl.constexpr,
     SHARED_OUT: tl.constexpr,  # are there extra programs?
     PADDED: tl.constexpr,  # is depth more than D?
+    WHOLE: tl.constexpr,  # does this program have all of the depth?
     SLICES: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -225,9 +226,16 @@ def _force_kernel(
                 chosen = tile_y * BLOCK_N + tl.where(taken, column, 0)
                 y_row = y_ptr + tl.load(y_order_ptr + chosen) * stride_yn
                 squares = tl.zeros((BLOCK_M, BLOCK_D), real)
-                for start in range(0, depth, BLOCK_D):
-                    difference = _difference(x_row, y_row, start + d, D, PADDED)
-                    squares += difference * difference
+                differences = ()
+                if WHOLE:  # one look at the points does for distance and gradient
+                    for i in tl.static_range(SLICES):
+                        difference = _difference(x_row, y_row, i * BLOCK_D + d, D, PADDED)
+                        squares += difference * difference
+                        differences = differences + (difference,)
+                else:
+                    for start in range(0, depth, BLOCK_D):
+                        difference = _difference(x_row, y_row, start + d, D, PADDED)
+                        squares += difference * difference
                 d2 = tl.sum(squares, 1)
                 y_label = tl.load(y_label_ptr + chosen)
                 attracts = taken & (x_label == y_label) & (d2 >= att_sq_radius)
@@ -243,8 +251,11 @@ def _force_kernel(
                     weight = tl.where(attracts, stiffness, tl.where(repels, -stiffness, 0.0))
                     updated = ()
                     for i in tl.static_range(SLICES):
-                        depths = (first_slice + i) * BLOCK_D + d
-                        difference = _difference(x_row, y_row, depths, D, PADDED)
+                        if WHOLE:
+                            difference = differences[i]
+                        else:
+                            depths = (first_slice + i) * BLOCK_D + d
+                            difference = _difference(x_row, y_row, depths, D, PADDED)
                         updated = updated + (grad[i] + weight[:, None] * difference,)
                     grad = updated
             energy += tile_energy
