@@ -38,7 +38,7 @@ class Stats(NamedTuple):
     Pairs are ordered, as Eq. 6 counts them: two points of a field that act on each other are two.
     """
 
-    active_energy: Tensor  # float64, sum of psi over the pairs that exert force
+    active_energy: Tensor  # float64 >= 0, what the pairs that exert force add to a field at rest
     attracting_pairs: Tensor  # int64, pairs of one class at d >= delta
     repelling_pairs: Tensor  # int64, pairs of two classes at d < delta_rep
     smallest_distance: Tensor  # floating point, of the repelling pairs; inf if there are none
@@ -221,8 +221,8 @@ class _PotentialEnergy(torch.autograd.Function):
         grad, twice, source_grad = terms.grad, 2.0, None
         pairs = n * (n - 1)
         own_class = _pairs_of_one_class(labels, labels) - n
-        stats = _stats(terms)
-        total = _energy(*stats[:3], own_class, pairs, potential)
+        stats = _stats(terms, potential)
+        at_rest = _rest_energy(own_class, pairs, potential)
         nothing = _nan_unless_finite(points).sum()
         if sources is not None and source_labels is not None:
             source_labels = source_labels.to(torch.int64).contiguous()
@@ -237,15 +237,15 @@ class _PotentialEnergy(torch.autograd.Function):
                     sources, source_labels, points, labels, potential, needs_grad=True, basis=basis
                 ).grad
             own_class = _pairs_of_one_class(labels, source_labels)
-            cross = _stats(terms)
-            total = total + _energy(*cross[:3], own_class, n * len(sources), potential)
-            stats = _joined(stats, cross, n, len(sources))
+            stats = _joined(stats, _stats(terms, potential), n, len(sources))
+            at_rest = at_rest + _rest_energy(own_class, n * len(sources), potential)
             nothing = nothing + _nan_unless_finite(sources).sum()
             pairs += n * len(sources)
         scale = 1.0 / max(pairs, 1) if reduction == "mean" else 1.0
         ctx.save_for_backward(points, sources, grad, source_grad, nothing)
         ctx.scales = scale * twice, scale
         ctx.mark_non_differentiable(*stats)
+        total = stats.active_energy + at_rest
         value = (total * scale + nothing).to(torch.promote_types(points.dtype, torch.float32))
         return value, *stats
 
@@ -278,7 +278,7 @@ class _ClassPotential(torch.autograd.Function):
             needs_grad=records and ctx.needs_input_grad[0], basis=basis,
         )  # fmt: skip
         own_class = (labels == class_index).sum()
-        psi = _energy(*terms[:3], own_class, len(points), potential)
+        psi = _active_energy(terms, potential) + _rest_energy(own_class, len(points), potential)
         nothing = _nan_unless_finite(queries) + _nan_unless_finite(points).sum()
         ctx.save_for_backward(queries, terms.grad, nothing)
         return (psi + nothing).to(torch.promote_types(queries.dtype, torch.float32))
@@ -322,31 +322,29 @@ def _pairs_of_one_class(labels: Tensor, other: Tensor) -> Tensor:
     return (upper - torch.searchsorted(other, labels)).sum()
 
 
-def _energy(
-    energy: Tensor,
-    attracting: Tensor,
-    repelling: Tensor,
-    own_class: Tensor,
-    pairs: int,
-    potential: Potential,
-) -> Tensor:
-    """Sum of psi, float64: that of the active pairs, and the constants of the others.
+def _active_energy(terms: FieldTerms, potential: Potential) -> Tensor:
+    """What the active pairs of each point have above their constants: [N] float64, >= 0.
 
-    The first three are those of `FieldTerms`, of each point or summed over points; `pairs` is the
-    number of all their pairs, `own_class` that of the pairs of one class.
+    The energy is mostly constants. This is the part of it that forces can lower.
     """
-    still_own = own_class - attracting
-    still_other = pairs - own_class - repelling
     constants = (
-        still_own.double() * potential.attraction_constant
-        + still_other.double() * potential.repulsion_constant
+        terms.attracting.double() * potential.attraction_constant
+        + terms.repelling.double() * potential.repulsion_constant
     )
-    return energy.double() + constants
+    return terms.energy.double() - constants
 
 
-def _stats(terms: FieldTerms) -> Stats:
+def _rest_energy(own_class: Tensor, pairs: int, potential: Potential) -> Tensor:
+    """The energy of as many pairs, `own_class` of them of one class, if none exerts force."""
+    return (
+        own_class.double() * potential.attraction_constant
+        + (pairs - own_class).double() * potential.repulsion_constant
+    )
+
+
+def _stats(terms: FieldTerms, potential: Potential) -> Stats:
     return Stats(
-        terms.energy.sum(dtype=torch.float64),
+        _active_energy(terms, potential).sum(),
         terms.attracting.sum(),
         terms.repelling.sum(),
         torch.nn.functional.pad(terms.nearest, (0, 1), value=torch.inf).amin().sqrt(),

@@ -13,8 +13,7 @@ from .functional import BACKENDS, REDUCTIONS, _check_cloud, _check_finite, energ
 from .potential import Potential
 from .sketch import random_basis, turned_basis
 
-_TURN_EVERY = 100  # training calls between two steps of the sketch's basis
-_TURN_POINTS = 4096  # about as many as it looks at
+_TURN_EVERY = 100  # training calls between two steps of the sketch's basis, after the first ones
 
 
 class PFMLLoss(nn.Module):
@@ -35,8 +34,8 @@ class PFMLLoss(nn.Module):
         reduction: "sum" (Eq. 6), the published choice: with weight decay in Adam (not AdamW) a mean
             drowns in the decay. "mean" is over the ordered pairs of points.
         prune: skip what is proven to exert no force, see `potential_energy`. The directions of the
-            sketch follow the leading directions of batch and proxies, a step every 100 training
-            calls; they decide the time, never the result.
+            sketch follow the leading directions of the embeddings, a step every 100 training calls
+            and more often at first; they decide the time, never the result.
         backend: "auto" (Triton on a GPU, else torch), "triton" or "torch".
         validate: check labels and values on every call, on any device; on a GPU this waits for it.
 
@@ -174,12 +173,12 @@ class PFMLLoss(nn.Module):
         with torch.autocast(embeddings.device.type, enabled=False):
             proxies = self.proxies.flatten(0, 1).to(dtype)
             points = self._place(torch.cat([embeddings.to(dtype), proxies]))
+            if self.prune and self.training:
+                self._turn_basis(points[: len(embeddings)])
             if ref_emb is not None:
                 sources = self._place(ref_emb.to(dtype))
             classes = torch.arange(self.num_classes, device=labels.device)
             proxy_labels = classes.repeat_interleave(self.proxies_per_class)
-            if self.prune and self.training:
-                self._turn_basis(points)
             energy, stats = energy_and_stats(
                 points,
                 torch.cat([labels.to(torch.int64), proxy_labels]),
@@ -195,10 +194,12 @@ class PFMLLoss(nn.Module):
         return energy
 
     @torch.no_grad()
-    def _turn_basis(self, points: Tensor) -> None:
-        if self._calls % _TURN_EVERY == 0:
-            some = points[:: max(1, len(points) // _TURN_POINTS)]
-            self.sketch_basis.copy_(turned_basis(self.sketch_basis, some))
+    def _turn_basis(self, embeddings: Tensor) -> None:
+        """Embeddings of a network lie in few directions, all near each other in most others, and
+        proxies in all: so it is the embeddings that the sketch has to tell apart."""
+        calls = self._calls
+        if calls & (calls - 1) == 0 or calls % _TURN_EVERY == 0:
+            self.sketch_basis.copy_(turned_basis(self.sketch_basis, embeddings))
         self._calls += 1
 
     def _place(self, points: Tensor) -> Tensor:

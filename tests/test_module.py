@@ -173,6 +173,7 @@ def test_state_copies_and_reloads() -> None:
         ({"delta_rep": 0.1}, ValueError, "delta_rep must be >= delta = 0.2, got 0.1"),
         ({"reduction": "max"}, ValueError, r"one of \('sum', 'mean'\), got 'max'"),
         ({"normalize": "no"}, TypeError, "normalize must be a bool, got 'no'"),
+        ({"prune": 1}, TypeError, "prune must be a bool, got 1"),
         ({"validate": 1}, TypeError, "validate must be a bool, got 1"),
         ({"backend": "numpy"}, ValueError, r"one of \('auto', 'triton', 'torch'\), got 'numpy'"),
     ],
@@ -217,3 +218,144 @@ def test_values_are_checked_on_request() -> None:
         loss.proxies[1, 2, 3] = float("inf")
     with pytest.raises(ValueError, match="proxies must be finite, .* row 5"):
         loss(EMBEDDINGS, LABELS)
+
+
+@pytest.mark.parametrize("prune", [True, False])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_last_stats(backend: str, prune: bool) -> None:
+    loss = PFMLLoss(C, D, M, delta=0.7, delta_rep=1.1, prune=prune, backend=backend)
+    assert loss.last_stats is None
+    value = loss(EMBEDDINGS.clone().requires_grad_(), LABELS)
+    assert loss.last_stats is not None
+    stats = {name: float(v) for name, v in loss.last_stats.items()}
+    assert not any(v.requires_grad for v in loss.last_stats.values())
+
+    points = torch.cat([EMBEDDINGS, loss.proxies.detach().flatten(0, 1)]).double()
+    points = torch.nn.functional.normalize(points, dim=1)
+    labels = torch.cat([LABELS, torch.arange(C).repeat_interleave(M)])
+    d = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
+    same = labels[:, None] == labels
+    attracts = same & (d >= 0.7)
+    repels = ~same & (d < 1.1)
+    assert attracts.any()
+    assert repels.any()
+    assert stats["attracting_pairs"] == int(attracts.sum())
+    assert stats["repelling_pairs"] == int(repels.sum())
+    assert stats["smallest_distance"] == pytest.approx(float(d[repels].min()), rel=1e-6)
+    p = loss.potential
+    energy = (reference.repulsion(d[repels], p) - p.repulsion_constant).sum()
+    energy += (reference.attraction(d[attracts], p) - p.attraction_constant).sum()
+    assert stats["active_energy"] == pytest.approx(float(energy), rel=1e-5)
+    assert stats["active_share"] == 1.0
+    at_rest = (same.sum() - len(points)) * p.attraction_constant
+    at_rest += (~same).sum() * p.repulsion_constant
+    assert value.item() == pytest.approx(float(energy + at_rest), rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_last_stats_with_reference_embeddings_and_without_pairs(backend: str) -> None:
+    loss = PFMLLoss(C, D, M, delta=0.7, backend=backend)
+    with torch.no_grad():
+        loss(EMBEDDINGS, LABELS)
+        assert loss.last_stats is not None
+        alone = loss.last_stats["repelling_pairs"]
+        loss(EMBEDDINGS, LABELS, ref_emb=EMBEDDINGS, ref_labels=(LABELS + 1) % C)
+        assert loss.last_stats["repelling_pairs"] > alone
+        assert loss.last_stats["smallest_distance"] == 0  # a sample on itself under another label
+        PFMLLoss(C, D, 0, backend=backend)(EMBEDDINGS[:0], LABELS[:0])
+        far = PFMLLoss(C, D, 0, delta=1e-6, min_distance=1e-7, backend=backend)
+        far(EMBEDDINGS, LABELS)
+    assert far.last_stats is not None
+    assert far.last_stats["smallest_distance"] == torch.inf
+    assert far.last_stats["repelling_pairs"] == 0
+
+
+def low_rank_batch(n: int, depth: int) -> torch.Tensor:
+    """What a network gives: embeddings in a few directions, about half a unit apart."""
+    return 0.125 * torch.randn(n, 8) @ torch.randn(8, depth) + torch.randn(depth)
+
+
+def test_the_sketch_follows_the_embeddings_in_training() -> None:
+    loss = PFMLLoss(400, 512, 1)
+    x, labels = low_rank_batch(64, 512), torch.arange(0, 384, 6)
+    before = loss.sketch_basis.clone()
+    loss.eval()
+    loss(x, labels)
+    assert torch.equal(loss.sketch_basis, before)
+    random_share = loss.last_stats["active_share"]
+    loss.train()
+    loss(x, labels)
+    assert not torch.equal(loss.sketch_basis, before)
+    loss.eval()
+    loss(x, labels)
+    assert loss.last_stats["active_share"] < random_share
+    centred = torch.nn.functional.normalize(x, dim=1)
+    centred = centred - centred.mean(0)
+    assert (centred @ loss.sketch_basis.float()).norm() > 0.97 * centred.norm()
+    settled = PFMLLoss(400, 512, 1, prune=False)
+    settled(x, labels)
+    assert torch.equal(settled.sketch_basis, before)
+
+
+def test_a_batch_that_is_not_finite_leaves_the_sketch_alone() -> None:
+    loss = PFMLLoss(10, 128, 2)
+    x = torch.randn(20, 128)
+    x[3] = torch.nan
+    before = loss.sketch_basis.clone()
+    assert loss(x, torch.arange(20) % 10).isnan()
+    assert torch.equal(loss.sketch_basis, before)
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "float", "double"])
+def test_a_cast_module_still_prunes_exactly(cast: str) -> None:
+    loss = getattr(PFMLLoss(60, 128, 3, delta=0.5), cast)()
+    x = low_rank_batch(60, 128)
+    results = []
+    for prune in (True, False):
+        loss.prune = prune
+        loss.zero_grad()
+        value = loss(x, torch.arange(60))
+        value.backward()
+        results.append((value.detach(), loss.proxies.grad.clone()))
+    for pruned, dense in zip(*results, strict=True):
+        assert torch.allclose(pruned, dense, rtol=1e-5, atol=1e-6 * float(dense.abs().max()))
+
+
+def test_the_sketch_is_not_saved() -> None:
+    assert list(PFMLLoss(4, 100, 2).state_dict()) == ["proxies"]
+
+
+def test_pruning_changes_nothing_in_a_trained_embedding() -> None:
+    """Embeddings and proxies that the loss itself has moved: clusters, and a few pairs at delta."""
+    torch.manual_seed(1)
+    classes, each, depth = 150, 4, 96
+    weight = torch.nn.Parameter(torch.randn(40, depth) / 6)
+    inputs = torch.randn(classes, 1, 40) + 0.3 * torch.randn(classes, each, 40)
+    loss = PFMLLoss(classes, depth, 2, delta=0.3)
+    optimizer = torch.optim.Adam(
+        [{"params": [weight], "lr": 3e-3}, *loss.param_groups(3e-3, proxy_lr_mult=10)]
+    )
+    labels = torch.arange(classes).repeat_interleave(each)
+    batch = inputs.flatten(0, 1)
+    first = None
+    for step in range(60):
+        value = loss(batch @ weight, labels)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        first = first or loss.last_stats
+        if step % 20 and step != 59:
+            continue
+        results = []
+        for prune in (True, False):
+            loss.prune = prune
+            x = (batch @ weight).detach().requires_grad_()
+            energy = loss(x, labels)
+            results.append((energy.detach(), *torch.autograd.grad(energy, [x, loss.proxies])))
+        assert loss.last_stats["repelling_pairs"] + loss.last_stats["attracting_pairs"] > 100
+        loss.prune = True
+        for pruned, dense in zip(*results, strict=True):
+            assert torch.allclose(pruned, dense, rtol=1e-6, atol=1e-6 * float(dense.abs().max()))
+    loss(batch @ weight, labels)
+    assert 0 < loss.last_stats["active_energy"] < first["active_energy"]
+    assert loss.last_stats["active_share"] < 0.9

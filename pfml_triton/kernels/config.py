@@ -36,7 +36,8 @@ class Tiles:
     filter_stages: int
     filter_strip: int = 8  # blocks that one program of the filter walks
     chunk: int = 512  # tiles of a list that a program looks at together
-    least_budget: int = 64  # tiles of a list that one program always takes
+    long_list: int = 64  # lists that cannot be longer are not shared out
+    least_budget: int = 16  # tiles of a list that one program always takes
     extra_programs: int = 512  # for longer lists; each has sums for TILE_M points
 
     @property

@@ -263,8 +263,9 @@ def _force_kernel(
     owned = rows < N
     out_row = x_order
     if SHARED_OUT:
-        out_row = tl.where(extra >= 0, (N + extra * BLOCK_M + in_x).to(tl.int64), out_row)
-        owned = owned | (extra >= 0)
+        row_of_extra = extra * BLOCK_M + in_x
+        out_row = tl.where(row_of_extra >= 0, (N + row_of_extra).to(tl.int64), out_row)
+        owned = owned | (row_of_extra >= 0)
     if first_slice == 0:
         tl.store(energy_ptr + out_row, energy, mask=owned)
         tl.store(attracting_ptr + out_row, attracting, mask=owned)

@@ -138,7 +138,7 @@ def field_terms(
         )
     tiles = tiles or _tiles_here(x)
     tiles_x, tiles_y = triton.cdiv(n, TILE_M), triton.cdiv(len(y), TILE_N)
-    extra = tiles.extra_programs if tiles_y > tiles.least_budget else 0
+    extra = tiles.extra_programs if tiles_y > tiles.long_list else 0
     out_rows = n + extra * TILE_M
     energy, nearest = (x.new_empty(out_rows, dtype=real) for _ in range(2))
     attracting, repelling = (x.new_empty(out_rows, dtype=torch.int32) for _ in range(2))

@@ -84,8 +84,9 @@ def test_filter_and_long_lists(
     x[7] *= 0
     x[labels == labels[7]] *= 0.05
     tiles = dataclasses.replace(
-        tiles_for(80), filter_n=filter_n, filter_strip=1, chunk=2, least_budget=1, extra_programs=9
-    )
+        tiles_for(80), filter_n=filter_n, filter_strip=1, chunk=2,
+        long_list=1, least_budget=1, extra_programs=9,
+    )  # fmt: skip
     wide = x.double()
     p = Potential(3.0, 0.2, 0.9)
     true = torch_backend.field_terms(wide, labels, wide, labels, p, needs_grad=True)

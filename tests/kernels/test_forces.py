@@ -16,6 +16,7 @@ from tests.clouds import (
     KINDS,
     assert_near,
     assert_same_without_grad,
+    assert_terms_near,
     basis,
     cloud,
     eager,
@@ -95,6 +96,42 @@ def test_tile_shapes_agree(n: int, depth: int, tiles: dict[str, int]) -> None:
     (energy, grad), (other_energy, other_grad) = results
     assert torch.allclose(energy, other_energy, rtol=1e-13, atol=0)
     assert torch.allclose(grad, other_grad, rtol=1e-12, atol=1e-9)
+
+
+@pytest.mark.parametrize("extra", [1, 3, 50])
+def test_long_lists_are_shared_out(extra: int) -> None:
+    """The same sums in another order, and the same every time, however many programs there are."""
+    x, labels = cloud("clusters", 200, 20, 30, torch.float64)
+    labels[:90] = 2  # one class with long lists
+    y, y_labels = cloud("collisions", 230, 20, 30, torch.float64, seed=1)
+    shared = dataclasses.replace(
+        tiles_for(20), long_list=0, least_budget=1, extra_programs=extra, chunk=2
+    )
+    for a, a_labels, b, b_labels in ((x, labels, x, labels), (x, labels, y, y_labels)):
+        one, other, again = (
+            launch.field_terms(
+                a, a_labels, b, b_labels, Potential(), needs_grad=True, basis=basis(x), tiles=tiles
+            )
+            for tiles in (tiles_for(20), shared, shared)
+        )
+        assert_terms_near(other, one, torch.float64)
+        assert other.active_share == one.active_share
+        for first, second in zip(other, again, strict=True):
+            assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("filter_n", [128, 256])
+@pytest.mark.parametrize("n", [100, 300, 530])
+def test_a_cloud_that_meets_itself_is_filtered_above_the_diagonal(n: int, filter_n: int) -> None:
+    """The mirrored answers are those of the whole square, and no byte is left out."""
+    x, labels = cloud("clusters", n, 12, 40, torch.float32)
+    tiles = dataclasses.replace(tiles_for(12), filter_n=filter_n, filter_strip=1)
+    packed, again = (launch.pack(x, labels, tiles, 0.4, basis(x)) for _ in range(2))
+    halved, whole = (launch.near_tiles(packed, other, tiles) for other in (packed, again))
+    assert torch.equal(halved, whole)
+    inside = halved[: -(-n // 16), : -(-n // 128)]
+    assert 0 < int(inside.sum())
+    assert (inside != 255).any()
 
 
 def field(x: Tensor, labels: Tensor, tiles: Tiles | None = None) -> tuple[Tensor, Tensor]:
