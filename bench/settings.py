@@ -7,6 +7,8 @@ from dataclasses import dataclass
 DEVICES = ("auto", "cpu", "cuda")
 SIZES = ("small", "sop", "large", "worst")
 PROVIDERS = ("pfml", "pfml dense", "eager", "compile")
+MODELLED = ("sm_90", "sm_80")
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -73,3 +75,23 @@ class PruningSettings:
     worst_points: int = 8_000
     sop_classes: int = 11_318
     sop_batch: int = 100
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Settings of one modelled step; the defaults are Stanford Online Products.
+
+    Args:
+        arch: one of `MODELLED`.
+        dtype: of the points, one of `DTYPES`.
+        classes, batch: of the cloud "sop", like `sop_classes` and `sop_batch` of `PruningSettings`.
+        depth: D of the points.
+        seed: of the points.
+    """
+
+    arch: str = "sm_90"
+    dtype: str = "float32"
+    classes: int = 11_318
+    batch: int = 100
+    depth: int = 512
+    seed: int = 0

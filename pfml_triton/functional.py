@@ -114,7 +114,7 @@ def energy_and_stats(
     validate: bool = False,
     basis: Tensor | None = None,
 ) -> tuple[Tensor, Stats]:
-    """`potential_energy` and what it found, with the sketch's `basis` if one knows a good one."""
+    """`potential_energy` and what it found, with a sound `basis` of the sketch if one knows one."""
     potential = _check_potential(potential)
     _check_cloud(points, labels, "points", "labels", "N")
     if reduction not in REDUCTIONS:
@@ -377,9 +377,7 @@ def _basis(prune: bool, points: Tensor, basis: Tensor | None) -> Tensor | None:
         raise TypeError(f"prune must be a bool, got {prune!r}")
     if not prune:
         return None
-    if basis is None:
-        return random_basis(points.shape[1], points.device)
-    return basis.to(torch.bfloat16).contiguous()  # a module's buffer may have been cast
+    return random_basis(points.shape[1], points.device) if basis is None else basis
 
 
 def _choose_backend(backend: str, points: Tensor, potential: Potential) -> Backend:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .functional import BACKENDS, REDUCTIONS, _check_cloud, _check_finite, energy_and_stats
 from .potential import Potential
-from .sketch import random_basis, turned_basis
+from .sketch import random_basis, sound_basis, turned_basis
 
 _TURN_EVERY = 100  # training calls between two steps of the sketch's basis, after the first ones
 
@@ -100,8 +100,9 @@ class PFMLLoss(nn.Module):
         self.proxies = nn.Parameter(
             torch.empty(num_classes, proxies_per_class, embedding_size, dtype=torch.float32)
         )
-        basis = random_basis(embedding_size, torch.device("cpu"))
+        basis = random_basis(embedding_size, torch.get_default_device())
         self.register_buffer("sketch_basis", basis.clone(), persistent=False)
+        self._known_basis: tuple[Tensor, int] | None = None  # and its version
         self.last_stats = None
         self._calls = 0  # in training
         self.reset_parameters()
@@ -173,8 +174,7 @@ class PFMLLoss(nn.Module):
         with torch.autocast(embeddings.device.type, enabled=False):
             proxies = self.proxies.flatten(0, 1).to(dtype)
             points = self._place(torch.cat([embeddings.to(dtype), proxies]))
-            if self.prune and self.training:
-                self._turn_basis(points[: len(embeddings)])
+            basis = self._basis(points[: len(embeddings)]) if self.prune else None
             if ref_emb is not None:
                 sources = self._place(ref_emb.to(dtype))
             classes = torch.arange(self.num_classes, device=labels.device)
@@ -188,19 +188,32 @@ class PFMLLoss(nn.Module):
                 reduction=self.reduction,
                 prune=self.prune,
                 backend=self.backend,
-                basis=self.sketch_basis,
+                basis=basis,
             )
         self.last_stats = stats._asdict()
         return energy
 
     @torch.no_grad()
-    def _turn_basis(self, embeddings: Tensor) -> None:
-        """Embeddings of a network lie in few directions, all near each other in most others, and
-        proxies in all: so it is the embeddings that the sketch has to tell apart."""
-        calls = self._calls
-        if calls & (calls - 1) == 0 or calls % _TURN_EVERY == 0:
-            self.sketch_basis.copy_(turned_basis(self.sketch_basis, embeddings))
-        self._calls += 1
+    def _basis(self, embeddings: Tensor) -> Tensor:
+        """The basis of the sketch; in training, turned now and then.
+
+        Embeddings of a network lie in few directions, all near each other in most others, and
+        proxies in all: so it is the embeddings that the sketch has to tell apart.
+        """
+        basis = self.sketch_basis
+        known, version = self._known_basis or (None, 0)
+        # Moved, cast, written to, or left unfilled by to_empty(): the result must not depend on it.
+        if basis is not known or basis.is_inference() or basis._version != version:
+            basis = sound_basis(basis)
+        if self.training:
+            calls = self._calls
+            if calls & (calls - 1) == 0 or calls % _TURN_EVERY == 0:
+                basis = turned_basis(basis, embeddings)
+            self._calls += 1
+        if basis is not known:
+            self.sketch_basis = basis
+            self._known_basis = basis, 0 if basis.is_inference() else basis._version
+        return basis
 
     def _place(self, points: Tensor) -> Tensor:
         return nn.functional.normalize(points, dim=1) if self.normalize else points

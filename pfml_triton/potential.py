@@ -43,6 +43,9 @@ class Potential:
         min_distance: softening length m, 0 < m < delta: below it the repulsion is a parabola, so
             that a force is at most alpha m^-(alpha + 1) a pair, and none where points coincide.
 
+    Lengths are best of the order of 1: in float32 a stiffness alpha d^-(alpha + 2) below 1e-38, at
+    d = 1e8 for alpha = 3, is lost.
+
     Raises:
         TypeError: a value that is not a real number.
         ValueError: a value outside its range.

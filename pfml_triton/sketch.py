@@ -46,8 +46,6 @@ of D <= 60 are their own sketch: Q is the identity.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -56,6 +54,7 @@ MAX_DEPTH = 64  # of a sketch, with those
 SLACK = 2.0**-14
 REACH = 1.001
 _SHRINK = 0.98
+_random_bases: dict[tuple[int, torch.device], Tensor] = {}
 
 
 def sketch_depth(dim: int) -> int:
@@ -68,26 +67,49 @@ def accumulation(dim: int) -> float:
     return 8 * (dim + 16) * 2.0**-23
 
 
-@cache
 def random_basis(dim: int, device: torch.device) -> Tensor:
     """Q [dim, at most 60] bfloat16 for a cloud one knows nothing of: the same every time."""
+    if (dim, device) in _random_bases:
+        return _random_bases[dim, device]
     width = sketch_depth(dim) - LIFT
+    cpu = torch.device("cpu")  # whatever the ambient default device is
     if dim <= width:
-        return torch.eye(dim, dtype=torch.bfloat16, device=device)
-    generator = torch.Generator().manual_seed(0)
-    columns = torch.randn(dim, width, generator=generator, dtype=torch.float64)
-    basis = _SHRINK * torch.linalg.qr(columns).Q
-    return basis.to(device, torch.bfloat16, memory_format=torch.contiguous_format)
+        columns = torch.eye(dim, device=cpu)
+    else:
+        generator = torch.Generator(cpu).manual_seed(0)
+        columns = torch.randn(dim, width, generator=generator, dtype=torch.float64, device=cpu)
+        columns = _SHRINK * torch.linalg.qr(columns).Q
+    basis = columns.to(device, torch.bfloat16, memory_format=torch.contiguous_format)
+    if type(basis) is Tensor:  # not the fake one of a tracer
+        _random_bases[dim, device] = basis
+    return basis
+
+
+def sound_basis(basis: Tensor) -> Tensor:
+    """`basis` in bfloat16, or a random one where its spectral norm cannot be shown to be at most 1:
+    it is not finite, or memory that nobody has filled. Decided on the device."""
+    rounded = basis.to(torch.bfloat16).contiguous()
+    return torch.where(_is_sound(rounded), rounded, random_basis(len(basis), basis.device))
+
+
+def _is_sound(basis: Tensor) -> Tensor:
+    """Whether the largest column sum of |Q^T Q|, no less than |Q|^2, is at most 1: bool scalar."""
+    wide = basis.float()
+    return (wide.T @ wide).abs().sum(0).amax() <= 1
 
 
 def turned_basis(basis: Tensor, points: Tensor) -> Tensor:
-    """`basis` turned towards the leading directions of the covariance of `points` [N, dim].
+    """A sound `basis` turned towards the leading directions of the covariance of `points` [N, dim].
 
     One step of subspace iteration: from call to call the columns approach the leading directions,
     and follow them as the points move. A tenth of the mean variance is added in all directions,
     so that what earlier points have shown is not lost for the sake of a few new ones. A result that
     is not finite, or whose spectral norm cannot be shown to be at most 1, is dropped in favour of
     the old one, on the device.
+
+    Args:
+        basis: [dim, at most 60] bfloat16, of `random_basis`, `sound_basis` or this function.
+        points: [N, dim] floating point.
     """
     dim, width = basis.shape
     if dim == width or len(points) < 2:
@@ -96,9 +118,8 @@ def turned_basis(basis: Tensor, points: Tensor) -> Tensor:
     centred = points.detach().float()
     centred = centred - centred.mean(0)
     image = centred.T @ (centred @ old) + 0.1 / dim * centred.square().sum() * old
-    turned = (_SHRINK * torch.linalg.qr(image).Q).to(torch.bfloat16).float()
-    norm = (turned.T @ turned).abs().sum(0).amax()  # at least the square of the spectral norm
-    return torch.where(norm <= 1, turned, old).to(basis.dtype).contiguous()
+    turned = (_SHRINK * torch.linalg.qr(image).Q).to(torch.bfloat16).contiguous()
+    return torch.where(_is_sound(turned), turned, basis)
 
 
 def lifted(sketch: Tensor, error: Tensor, delta_rep: float) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ _CHUNK = 16  # active tiles that are nominated at once
 _COLUMNS = 1024  # of one dense float64 product
 _DENSE_SHARE = 1 / 64  # of a block's pairs: from here on a dense product is the faster one
 _DENSE_SHARE_OF_TILE = 1 / 8  # the same for one active tile, whose product is a small one
-_ACTIVE_SHARE = 1 / 4  # of a block's tiles: from here on all of them are nominated in one product
+_ACTIVE_SHARE = 0.4  # of a block's tiles: from here on all of them are nominated in one product
 
 
 class _Cloud:

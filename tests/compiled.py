@@ -82,6 +82,28 @@ def synchronisations(call: str) -> int:
     return len(launches)
 
 
+def filter_bytes(n: int, depth: int) -> int:
+    """What the filter of `n` points writes."""
+    import torch
+
+    from bench import aot
+    from pfml_triton import Potential
+    from pfml_triton.kernels import launch
+    from pfml_triton.sketch import random_basis
+
+    points = torch.empty(n, depth, dtype=torch.bfloat16, device="meta")
+    labels = torch.empty(n, dtype=torch.int64, device="meta")
+    basis = random_basis(depth, torch.device("cpu")).to("meta")
+    with aot.record() as launches:
+        launch.field_terms(
+            points, labels, points, labels, Potential(), needs_grad=True, basis=basis
+        )
+    (near,) = (
+        made.args["near_ptr"] for made in launches if made.kernel.__name__ == "_filter_kernel"
+    )
+    return int(near.nbytes)
+
+
 @cache
 def emulator() -> Any:
     """The PTX emulator module named by PFML_PTX_EMULATOR."""

@@ -321,6 +321,48 @@ def test_a_cast_module_still_prunes_exactly(cast: str) -> None:
         assert torch.allclose(pruned, dense, rtol=1e-5, atol=1e-6 * float(dense.abs().max()))
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("garbage", [100.0, 0.0, torch.nan, torch.inf])
+@pytest.mark.parametrize("how", ["written", "empty"])
+@pytest.mark.parametrize("train", [True, False])
+def test_a_sketch_that_is_garbage_changes_nothing(
+    train: bool, how: str, garbage: float, backend: str
+) -> None:
+    loss = PFMLLoss(40, 96, 1, delta=0.9, backend=backend).train(train)
+    x, labels = torch.randn(40, 96), torch.arange(40)
+    with torch.no_grad():
+        loss.proxies.mul_(0.3).add_(torch.randn(96))
+        x.mul_(0.3).add_(torch.randn(96))
+    loss.prune = False
+    dense = loss(x, labels)
+    assert loss.last_stats["repelling_pairs"] > 100
+    loss.prune = True
+    loss(x, labels)
+    if how == "written":
+        loss.sketch_basis.copy_(garbage * torch.randn(96, 60))
+    else:  # what to_empty() leaves
+        loss.sketch_basis = garbage * torch.randn(96, 60, dtype=torch.bfloat16)
+    assert torch.allclose(loss(x, labels), dense, rtol=1e-6)
+    assert torch.linalg.matrix_norm(loss.sketch_basis.double(), 2) <= 1
+
+
+def test_deferred_initialisation() -> None:
+    x, labels = torch.randn(20, 100), torch.arange(20) % 5
+    trained = PFMLLoss(5, 100)
+    for build in (lambda: PFMLLoss(5, 100).to("meta"), lambda: on_meta(5, 100)):
+        loss = build().to_empty(device="cpu")
+        loss.load_state_dict(trained.state_dict())
+        assert torch.equal(loss(x, labels), trained(x, labels))
+
+
+def on_meta(classes: int, depth: int) -> PFMLLoss:
+    with torch.device("meta"):
+        loss = PFMLLoss(classes, depth)
+    assert loss.sketch_basis.is_meta
+    assert loss.proxies.is_meta
+    return loss
+
+
 def test_the_sketch_is_not_saved() -> None:
     assert list(PFMLLoss(4, 100, 2).state_dict()) == ["proxies"]
 

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pfml_triton import Potential, potential_energy
 from pfml_triton.sketch import (
@@ -17,6 +18,7 @@ from pfml_triton.sketch import (
     lifted,
     random_basis,
     sketch_depth,
+    sound_basis,
     turned_basis,
 )
 
@@ -151,10 +153,23 @@ def test_a_basis_never_lengthens(depth: int, cast: torch.dtype) -> None:
     random = random_basis(depth, CPU)
     assert random.shape == (depth, min(depth, sketch_depth(depth) - 4))
     points = torch.randn(300, depth) * torch.logspace(0, -2, depth)
-    turned = turned_basis(random.to(cast), points)
-    for basis in (random.to(cast), turned):
+    assert torch.equal(sound_basis(random.to(cast)), random.to(cast).bfloat16())
+    turned = turned_basis(random, points)
+    for basis in (random, sound_basis(turned.to(cast)), sound_basis(100 * turned.to(cast))):
         assert basis.is_contiguous()
-        assert torch.linalg.matrix_norm(basis.to(torch.bfloat16).double(), 2) <= 1
+        assert basis.dtype == torch.bfloat16
+        assert torch.linalg.matrix_norm(basis.double(), 2) <= 1
+
+
+def test_a_tracers_basis_is_not_kept() -> None:
+    with FakeTensorMode():
+        random_basis(123, CPU)
+    assert type(random_basis(123, CPU)) is Tensor
+
+
+def test_the_default_device_does_not_matter() -> None:
+    with torch.device("meta"):
+        assert random_basis(124, CPU).device == CPU
 
 
 def test_the_turned_basis_finds_the_leading_directions() -> None:

@@ -54,7 +54,7 @@ def _filter_kernel(
         b = tl.load(columns + column[None, :] * K + k[:, None])
         product = tl.reshape(tl.dot(a, b), (TILES_M, 2, 8, TILES_N // 4, 2, 4, 4, 2))
         largest = tl.max(tl.max(tl.max(product, 7), 4), 1)  # inside a thread, for NVIDIA's layouts
-        bits = tl.where(largest >= 0, 1 << bit[None, None, :, :, None], 0)
+        bits = tl.where(largest < 0, 0, 1 << bit[None, None, :, :, None])
         bits = tl.sum(tl.sum(bits, 3), 2)  # of one thread
         word = tl.reduce(tl.reduce(bits, 2, _either), 1, _either)  # [TILES_M]
         if BLOCK_N == 256:

@@ -62,7 +62,8 @@ def _pack_kernel(
     norm = tl.where(rows < N, tl.sum(sq_norm, 1), float("nan"))
     tl.store(sq_norm_ptr + rows, norm)
     # The sum of D squares is low by at most (D + 2) 2^-24 of itself: less than this for D < 8192.
-    radius = tl.sqrt(tl.sum(sq_error, 1)) * 1.001
+    # The square root takes what is below 2^-126 for 0.
+    radius = tl.sqrt(tl.maximum(tl.sum(sq_error, 1), 1.2e-38)) * 1.001
     tl.store(radius_ptr + rows, radius)
     last = tl.minimum(tile * BLOCK_M + BLOCK_M, N) - 1
     if tile * BLOCK_M < N:

@@ -7,7 +7,7 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 
 from bench.aot import SHARED_MEMORY, spills_in_loops
-from tests.compiled import Shape, machine_code, synchronisations
+from tests.compiled import Shape, filter_bytes, machine_code, synchronisations
 
 DTYPES = ("float32", "bfloat16", "float16")
 DEPTHS = (64, 128, 384, 512, 768, 1024)
@@ -104,3 +104,12 @@ def test_nothing_waits_for_the_device(
 ) -> None:
     """Forward and backward on meta tensors, which have no values to look at."""
     assert compiler.submit(synchronisations, call).result() == expected
+
+
+@pytest.mark.parametrize(("n", "depth"), [(20_000, 64), (1_000_000, 256), (1_000_000, 512)])
+def test_the_filter_takes_less_memory_than_the_points(
+    compiler: ProcessPoolExecutor, n: int, depth: int
+) -> None:
+    """N^2 / 2048 bytes; the points have 2 N D in half precision."""
+    nbytes = compiler.submit(filter_bytes, n, depth).result()
+    assert n**2 / 2048 <= nbytes < 2 * n * depth

@@ -120,7 +120,7 @@ def test_pack(compiler: ProcessPoolExecutor, dtype: torch.dtype) -> None:
     assert not packed.coarse[:, 70:].any()
     error = (ordered.double() - packed.coarse[:37, :70].double()).norm(dim=1)
     assert (packed.radius[:37] >= error).all()
-    assert (packed.radius[:37] <= 1.01 * error + 1e-30).all()
+    assert (packed.radius[:37] <= 1.01 * error + 2e-19).all()
     norm = packed.coarse[:37].double().square().sum(1)
     assert torch.allclose(packed.sq_norm[:37].double(), norm, rtol=1e-6)
     assert torch.isnan(packed.sq_norm[37:]).all()

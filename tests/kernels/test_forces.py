@@ -130,7 +130,7 @@ def test_a_cloud_that_meets_itself_is_filtered_above_the_diagonal(n: int, filter
     halved, whole = (launch.near_tiles(packed, other, tiles) for other in (packed, again))
     assert torch.equal(halved, whole)
     inside = halved[: -(-n // 16), : -(-n // 128)]
-    assert 0 < int(inside.sum())
+    assert int(inside.sum()) > 0
     assert (inside != 255).any()
 
 
