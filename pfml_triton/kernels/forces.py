@@ -60,16 +60,20 @@ def _square(length, real: tl.constexpr):
 
 
 @triton.jit
-def _difference(x_row, y_row, d, D, PADDED: tl.constexpr):
-    """x - y of pairs of rows at the depths d [BLOCK_D], in float32 (float64 for float64 points)."""
+def _at(row, d, D, PADDED: tl.constexpr):
+    """Entries d [BLOCK_D] of BLOCK_M points that start at `row`."""
+    entries = row[:, None] + d[None, :]
     if PADDED:
-        x = tl.load(x_row[:, None] + d[None, :], mask=(d < D)[None, :], other=0.0)
-        y = tl.load(y_row[:, None] + d[None, :], mask=(d < D)[None, :], other=0.0)
+        values = tl.load(entries, mask=(d < D)[None, :], other=0.0)
     else:
-        x = tl.load(x_row[:, None] + d[None, :])
-        y = tl.load(y_row[:, None] + d[None, :])
-    real = tl.float64 if x.dtype == tl.float64 else tl.float32
-    return x.to(real) - y.to(real)
+        values = tl.load(entries)
+    return values
+
+
+@triton.jit
+def _difference(x_row, y, d, D, PADDED: tl.constexpr, real: tl.constexpr):
+    """x - y at the depths d, in float32 (float64 for float64 points)."""
+    return _at(x_row, d, D, PADDED).to(real) - y.to(real)
 
 
 @triton.jit(do_not_specialize=["N", "tiles_x", "tiles_y", "steps"])
@@ -118,7 +122,7 @@ def _force_kernel(
     NEEDS_GRAD: tl.constexpr,
     SHARED_OUT: tl.constexpr,  # are there extra programs?
     PADDED: tl.constexpr,  # is depth more than D?
-    WHOLE: tl.constexpr,  # does this program have all of the depth?
+    WHOLE: tl.constexpr,  # does this program have all of the depth, unpadded?
     SLICES: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -228,13 +232,17 @@ def _force_kernel(
                 squares = tl.zeros((BLOCK_M, BLOCK_D), real)
                 differences = ()
                 if WHOLE:  # one look at the points does for distance and gradient
+                    ys = ()  # asked for together, so that one wait does for all
                     for i in tl.static_range(SLICES):
-                        difference = _difference(x_row, y_row, i * BLOCK_D + d, D, PADDED)
+                        ys = ys + (_at(y_row, i * BLOCK_D + d, D, PADDED),)
+                    for i in tl.static_range(SLICES):
+                        difference = _difference(x_row, ys[i], i * BLOCK_D + d, D, PADDED, real)
                         squares += difference * difference
                         differences = differences + (difference,)
                 else:
                     for start in range(0, depth, BLOCK_D):
-                        difference = _difference(x_row, y_row, start + d, D, PADDED)
+                        y = _at(y_row, start + d, D, PADDED)
+                        difference = _difference(x_row, y, start + d, D, PADDED, real)
                         squares += difference * difference
                 d2 = tl.sum(squares, 1)
                 y_label = tl.load(y_label_ptr + chosen)
@@ -255,7 +263,8 @@ def _force_kernel(
                             difference = differences[i]
                         else:
                             depths = (first_slice + i) * BLOCK_D + d
-                            difference = _difference(x_row, y_row, depths, D, PADDED)
+                            y = _at(y_row, depths, D, PADDED)
+                            difference = _difference(x_row, y, depths, D, PADDED, real)
                         updated = updated + (grad[i] + weight[:, None] * difference,)
                     grad = updated
             energy += tile_energy

@@ -178,7 +178,7 @@ def field_terms(
             potential.delta, potential.repulsion_radius, potential.min_distance,
             (2 * coarse_depth + 16) * 2.0**-23,
             ALPHA=integer, IS_INTEGER=alpha == integer, NEEDS_GRAD=needs_grad,
-            SHARED_OUT=extra > 0, PADDED=depth != dim, WHOLE=depth == tiles.depth_multiple,
+            SHARED_OUT=extra > 0, PADDED=depth != dim, WHOLE=dim == tiles.depth_multiple,
             SLICES=tiles.slices, CHUNK=tiles.chunk, BLOCK_M=TILE_M, BLOCK_N=TILE_N,
             BLOCK_K=tiles.block_k, BLOCK_D=tiles.block_d, **tiles.options(),
         )  # fmt: skip

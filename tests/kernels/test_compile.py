@@ -54,7 +54,7 @@ def test_other_exponents(compiler: ProcessPoolExecutor, alpha: float) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("depth", [1, 20, 640])
+@pytest.mark.parametrize("depth", [1, 20, 500, 640])
 def test_odd_depths(compiler: ProcessPoolExecutor, depth: int) -> None:
     check(compiler, [(arch, "bfloat16", depth) for arch in SHARED_MEMORY])
 
