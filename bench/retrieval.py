@@ -28,6 +28,8 @@ from bench.images import ImageSet, random_affine, split_by_class, to_tensor
 from bench.results import append_row, provenance
 from bench.settings import DEVICES, RetrievalSettings
 from pfml_triton import PFMLLoss
+from pfml_triton.functional import energy_and_stats
+from pfml_triton.sketch import random_basis
 
 RECALL_KS = (1, 2, 4, 8)
 
@@ -297,23 +299,66 @@ def run(settings: RetrievalSettings, out: Path, console: Console | None = None) 
     total_seconds = time.perf_counter() - started
     row = {"bench": "retrieval", "dataset": "glyphs", "loss": "PFMLLoss", **asdict(settings)}
     row |= counts | flat | {"first_loss": losses[0], "last_loss": losses[-1]}
+    embeddings = embed(network, evaluation_images(train_set, seed=0)).cpu()
+    train_labels = torch.from_numpy(train_set.labels)
+    shares = active_shares(loss, embeddings, train_labels, settings.batch_size)
+    row |= {f"active_share_{name}": share for name, share in shares.items()}
     row |= {"train_seconds": round(train_seconds, 2), "seconds": round(total_seconds, 2)}
     append_row(out / "retrieval.jsonl", row | provenance(device))
     class_field_figure(out / "class_fields.png")
-    embeddings = embed(network, evaluation_images(train_set, seed=0))
     embedding_field_figure(
         out / "embedding_fields.png",
-        embeddings.cpu(),
-        torch.from_numpy(train_set.labels),
+        embeddings,
+        train_labels,
         loss.proxies.detach().cpu(),
         loss.potential,
         train_set.names,
+    )
+    percent = {name: f"{100 * share:.1f} %" for name, share in shares.items()}
+    console.print(
+        f"Pruning leaves {percent['batch']} of the tiles of a batch and the proxies "
+        f"({percent['batch_random']} with a random sketch), "
+        f"{percent['all']} of all training images ({percent['all_random']}).",
+        highlight=False,
     )
     console.print(
         f"{total_seconds:.0f} s in all, {train_seconds:.0f} s of them training. "
         f"Wrote retrieval.jsonl, class_fields.png and embedding_fields.png to {out}."
     )
     return flat
+
+
+def active_shares(
+    loss: PFMLLoss, embeddings: Tensor, labels: Tensor, samples: int
+) -> dict[str, float]:
+    """The share of tiles of pairs that pruning leaves of two clouds, in [0, 1].
+
+    "batch" is `samples` embeddings of as many classes and the proxies, "all" is every embedding.
+    Each with the sketch of the loss, and with one of random directions ("batch_random" and so on).
+    """
+    first_of_class = torch.stack([(labels == c).nonzero()[0, 0] for c in labels.unique()])
+    some = first_of_class[torch.linspace(0, len(first_of_class) - 1, samples).long().unique()]
+    proxies = loss.proxies.detach().flatten(0, 1).cpu()
+    proxy_labels = torch.arange(loss.num_classes).repeat_interleave(loss.proxies_per_class)
+    clouds = {
+        "batch": (torch.cat([embeddings[some], proxies]), torch.cat([labels[some], proxy_labels])),
+        "all": (embeddings, labels),
+    }
+    device = loss.proxies.device
+    bases = {
+        "": loss.sketch_basis,
+        "_random": random_basis(loss.embedding_size, loss.sketch_basis.device),
+    }
+    shares = {}
+    for cloud, (points, classes) in clouds.items():
+        unit = functional.normalize(points.to(device), dim=1)
+        for basis, directions in bases.items():
+            _, stats = energy_and_stats(
+                unit, classes.to(device), loss.potential, sources=None, source_labels=None,
+                reduction="sum", prune=True, backend=loss.backend, basis=directions,
+            )  # fmt: skip
+            shares[f"{cloud}{basis}"] = stats.active_share.item()
+    return shares
 
 
 def resolve_device(name: str) -> torch.device:

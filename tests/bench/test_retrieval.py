@@ -176,6 +176,18 @@ def few_glyphs(monkeypatch: pytest.MonkeyPatch, small: ImageSet) -> None:
     monkeypatch.setattr(retrieval, "load_glyphs", lambda: small)
 
 
+def test_the_sketch_that_follows_embeddings_prunes_more() -> None:
+    """Embeddings in few directions, half a unit apart: 60 random directions cannot tell them."""
+    embeddings = 0.125 * torch.randn(300, 8) @ torch.randn(8, 512) + torch.randn(512)
+    labels = torch.arange(300)
+    loss = PFMLLoss(300, 512, 2)
+    loss(embeddings, labels)
+    shares = retrieval.active_shares(loss, embeddings, labels, samples=100)
+    assert list(shares) == ["batch", "batch_random", "all", "all_random"]
+    assert 0 < shares["batch"] < 0.7 * shares["batch_random"]
+    assert shares["all"] <= shares["all_random"] == 1
+
+
 @pytest.mark.usefixtures("few_glyphs")
 def test_run_appends_a_row_and_draws_the_fields(tmp_path: Path) -> None:
     settings = RetrievalSettings(epochs=1, batch_size=16, embedding_size=8, device="cpu")
@@ -186,6 +198,7 @@ def test_run_appends_a_row_and_draws_the_fields(tmp_path: Path) -> None:
     assert rows[-1].items() >= recalls.items()
     assert rows[-1]["trained_r8"] >= rows[-1]["trained_r1"]
     assert rows[0]["trained_r1"] == rows[1]["trained_r1"]  # the same seed
+    assert 0 < rows[0]["active_share_batch"] <= 1
     assert (rows[0]["epochs"], rows[0]["seed"], rows[0]["train_classes"]) == (1, 0, 8)
     for picture in ("class_fields.png", "embedding_fields.png"):
         assert (tmp_path / "out" / picture).read_bytes().startswith(b"\x89PNG")
