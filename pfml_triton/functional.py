@@ -38,11 +38,11 @@ class Stats(NamedTuple):
     Pairs are ordered, as Eq. 6 counts them: two points of a field that act on each other are two.
     """
 
-    active_energy: Tensor  # float64 >= 0, what the pairs that exert force add to a field at rest
+    active_energy: Tensor  # float64, what the pairs that exert force add to a field at rest: >= 0
     attracting_pairs: Tensor  # int64, pairs of one class at d >= delta
     repelling_pairs: Tensor  # int64, pairs of two classes at d < delta_rep
     smallest_distance: Tensor  # floating point, of the repelling pairs; inf if there are none
-    active_share: Tensor  # floating point, share of the tiles of pairs looked at in full depth
+    active_share: Tensor  # floating point, share of the tiles of pairs that may exert force
 
 
 def potential_energy(
@@ -114,7 +114,10 @@ def energy_and_stats(
     validate: bool = False,
     basis: Tensor | None = None,
 ) -> tuple[Tensor, Stats]:
-    """`potential_energy` and what it found, with a sound `basis` of the sketch if one knows one."""
+    """`potential_energy` and what it found: arguments, value and errors are the same.
+
+    `basis` [D, at most 60] bfloat16 is a sound one of pfml_triton.sketch, or None for a random one.
+    """
     potential = _check_potential(potential)
     _check_cloud(points, labels, "points", "labels", "N")
     if reduction not in REDUCTIONS:
@@ -130,7 +133,7 @@ def energy_and_stats(
         if sources is not None:
             _check_finite(sources, "sources")
     field_terms = _choose_backend(backend, points, potential)
-    basis = _basis(prune, points, basis)
+    basis = _chosen_basis(prune, points, basis)
     # float32 is float32, whatever the ambient autocast dtype is.
     with torch.autocast(points.device.type, enabled=False):
         value, *stats = _PotentialEnergy.apply(
@@ -188,7 +191,7 @@ def class_potential(
         _check_finite(queries, "queries")
         _check_finite(points, "points")
     field_terms = _choose_backend(backend, queries, potential)
-    basis = _basis(prune, queries, None)
+    basis = _chosen_basis(prune, queries, None)
     with torch.autocast(queries.device.type, enabled=False):
         value: Tensor = _ClassPotential.apply(
             queries, points, labels, class_index, potential, field_terms, basis,
@@ -217,7 +220,8 @@ class _PotentialEnergy(torch.autograd.Function):
         terms = field_terms(
             points, labels, points, labels, potential, needs_grad=needs_points, basis=basis
         )
-        # The field is mutual: x_i stands in row i and in column i of U, and so does its gradient.
+        # The field is mutual: x_i stands in row i and in column i of U. Its gradient is doubled in
+        # backward, which saves a pass over it.
         grad, twice, source_grad = terms.grad, 2.0, None
         pairs = n * (n - 1)
         own_class = _pairs_of_one_class(labels, labels) - n
@@ -352,15 +356,15 @@ def _stats(terms: FieldTerms, potential: Potential) -> Stats:
     )
 
 
-def _joined(mutual: Stats, cross: Stats, n: int, sources: int) -> Stats:
-    """The stats of a field of n points and that of the sources on them, together."""
-    share = mutual.active_share * n + cross.active_share * sources
+def _joined(mutual: Stats, cross: Stats, n: int, m: int) -> Stats:
+    """The stats of a field of n points and that of m sources on them, together."""
+    share = mutual.active_share * n + cross.active_share * m
     return Stats(
         mutual.active_energy + cross.active_energy,
         mutual.attracting_pairs + cross.attracting_pairs,
         mutual.repelling_pairs + cross.repelling_pairs,
         torch.minimum(mutual.smallest_distance, cross.smallest_distance),
-        share / max(n + sources, 1),
+        share / max(n + m, 1),
     )
 
 
@@ -371,7 +375,7 @@ def _nan_unless_finite(points: Tensor) -> Tensor:
     return torch.linalg.vector_norm(points.detach(), dim=1, dtype=dtype) * 0
 
 
-def _basis(prune: bool, points: Tensor, basis: Tensor | None) -> Tensor | None:
+def _chosen_basis(prune: bool, points: Tensor, basis: Tensor | None) -> Tensor | None:
     """The basis of the sketch, or None if there is to be none."""
     if not isinstance(prune, bool):
         raise TypeError(f"prune must be a bool, got {prune!r}")
@@ -420,8 +424,11 @@ def _check_points(points: Tensor, name: str, size: str) -> None:
         raise TypeError(f"{name} must have dtype {expected}, got {points.dtype}")
     if points.layout != torch.strided:
         raise TypeError(f"{name} must be dense (torch.strided), got {points.layout}")
-    if points.dim() != 2 or points.shape[1] < 1:
-        raise ValueError(f"{name} must be [{size}, D] with D >= 1, got {list(points.shape)}")
+    # The bounds of rounding hold up to this depth.
+    if points.dim() != 2 or not 1 <= points.shape[1] <= 16_000:
+        raise ValueError(
+            f"{name} must be [{size}, D] with D >= 1 and <= 16000, got {list(points.shape)}"
+        )
 
 
 def _check_labels(labels: Tensor, name: str) -> None:

@@ -42,9 +42,9 @@ class PFMLLoss(nn.Module):
     Attributes:
         last_stats: dict of scalar tensors without gradient, on the device of the last call, or None
             before it: "active_energy", "attracting_pairs", "repelling_pairs", "smallest_distance"
-            and "active_share", as described by `pfml_triton.functional.Stats`. The energy of the
-            loss is mostly a constant of saturated pairs; this is what training changes. Reading a
-            value waits for the device.
+            and "active_share", as described by `pfml_triton.functional.Stats`, sums whatever the
+            reduction. The energy of the loss is mostly a constant of saturated pairs; this is what
+            training changes. Reading a value waits for the device.
         proxies: nn.Parameter [C, M, D] float32, drawn from a normal distribution scaled to about
             unit length. They want a learning rate of their own, see `param_groups`.
 
@@ -205,12 +205,17 @@ class PFMLLoss(nn.Module):
         # Moved, cast, written to, or left unfilled by to_empty(): the result must not depend on it.
         if basis is not known or basis.is_inference() or basis._version != version:
             basis = sound_basis(basis)
-        if self.training:
+        # A captured graph would replay the turn every time.
+        capturing = basis.is_cuda and torch.cuda.is_current_stream_capturing()
+        if self.training and not capturing:
             calls = self._calls
-            if calls & (calls - 1) == 0 or calls % _TURN_EVERY == 0:
+            if calls % _TURN_EVERY == 0 or (calls < _TURN_EVERY and calls & (calls - 1) == 0):
                 basis = turned_basis(basis, embeddings)
             self._calls += 1
         if basis is not known:
+            buffer = self.sketch_basis
+            if buffer.dtype == basis.dtype and not buffer.is_inference():
+                basis = buffer.copy_(basis)  # in place: a captured graph goes on reading it
             self.sketch_basis = basis
             self._known_basis = basis, 0 if basis.is_inference() else basis._version
         return basis

@@ -156,4 +156,4 @@ class FieldTerms(NamedTuple):
     repelling: torch.Tensor  # [N] integers, active pairs of two classes
     grad: torch.Tensor | None  # [N, D] floating point, d energy_i / d x_i
     nearest: torch.Tensor  # [N] floating point, smallest d^2 of the repelling pairs; inf if none
-    active_share: torch.Tensor  # scalar, share of the tiles of pairs that the filter let through
+    active_share: torch.Tensor  # floating-point scalar, share of tiles that the filter lets through

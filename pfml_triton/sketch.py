@@ -30,18 +30,19 @@ compare with but 0, and a maximum over a tile of pairs says whether any of them 
 keeps more bits). Its sum has K <= 64 terms, and no term or partial sum exceeds t_x + t_y with t =
 |s~|^2 + g, since |s~_x . s~_y| <= (|s~_x|^2 + |s~_y|^2) / 2. The accumulation is thus off by
 (2 K + 16) 2^-23 < 2^-15.8 of t_x + t_y at most. The lift takes two columns, a bfloat16 and the
-bfloat16 of what is left: off by 2^-16 of it (2^-18 where rounding is to nearest). The float32
-arithmetic that makes the lift loses less than 2^-20 of t. Together that is less than 2^-14
-(`SLACK`) of t_x + t_y, which each point adds to its lift. Rounding the product itself, to bfloat16
-say, moves no sign; where it underflows to 0 it counts as positive.
+bfloat16 of what is left: off by 2^-15 of it if both are truncated (2^-17 to nearest). The float32
+arithmetic that makes the lift, a sum of 60 squares and a few steps, loses less than 2^-18 of t.
+Together that is less than 2^-14 (`SLACK`) of t_x + t_y, which each point adds to its lift. Rounding
+the product itself, to bfloat16 say, moves no sign; where it underflows to 0 it counts as positive.
 
 *Distance.* The pairs that exert force are those whose distance, *as computed*, is below delta_rep.
 The computed square of a distance is off by (D + 2) 2^-24 of itself, so R = 1.001 delta_rep
-(`REACH`) covers every depth below 16,000.
+(`REACH`) covers every depth up to 16,000, the largest that is taken.
 
-*Spectral norm.* Q is 0.98 times orthonormal columns, rounded to bfloat16. The rounding is 2^-9 of
-an entry, so its Frobenius norm is at most 2^-9 * 0.98 * 60^(1/2) < 0.015, and |Q| < 0.995. Points
-of D <= 60 are their own sketch: Q is the identity.
+*Spectral norm.* Q is 0.96 times orthonormal columns, rounded to bfloat16. The rounding is 2^-8 of
+an entry at most, its Frobenius norm 2^-8 * 0.96 * 60^(1/2) < 0.03, so |Q| < 0.99. Points of D <= 60
+are their own sketch: Q is the identity. A basis that comes from elsewhere is checked: |Q|^2 is no
+more than the largest column sum of |Q^T Q|.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ LIFT = 4  # columns of the lift: two of this point, two of ones for the other's
 MAX_DEPTH = 64  # of a sketch, with those
 SLACK = 2.0**-14
 REACH = 1.001
-_SHRINK = 0.98
+_SHRINK = 0.96
 _random_bases: dict[tuple[int, torch.device], Tensor] = {}
 
 
@@ -86,15 +87,16 @@ def random_basis(dim: int, device: torch.device) -> Tensor:
 
 
 def sound_basis(basis: Tensor) -> Tensor:
-    """`basis` in bfloat16, or a random one where its spectral norm cannot be shown to be at most 1:
-    it is not finite, or memory that nobody has filled. Decided on the device."""
+    """A basis [dim, at most 60] of any floating dtype in bfloat16, or a random one of that shape
+    where its spectral norm cannot be shown to be at most 1: it is not finite, or memory that nobody
+    has filled. Decided on the device."""
     rounded = basis.to(torch.bfloat16).contiguous()
     return torch.where(_is_sound(rounded), rounded, random_basis(len(basis), basis.device))
 
 
 def _is_sound(basis: Tensor) -> Tensor:
     """Whether the largest column sum of |Q^T Q|, no less than |Q|^2, is at most 1: bool scalar."""
-    wide = basis.float()
+    wide = basis.double()  # in which products and the identity's sums are exact
     return (wide.T @ wide).abs().sum(0).amax() <= 1
 
 

@@ -8,7 +8,8 @@ pairs, few in a trained embedding, are computed from the differences of their po
 however near they are. Where many pairs act it is done as a dense tile in float64 instead, all but
 the pairs that are too near even for that.
 
-Never N x N: a product has at most `_BLOCK_PAIRS` entries.
+Never N x N: a product has at most `_BLOCK_PAIRS` entries, or 64 rows. The answers of the filter are
+N^2 / 4096 bytes.
 """
 
 from __future__ import annotations
@@ -82,21 +83,21 @@ def field_terms(
     whole: range | list[int]
     if len(x) == 0 or len(y) == 0:
         return terms
-    step = max(1, _BLOCK_PAIRS // len(y) // _TILE)  # tiles of a row block
+    tiles = max(1, _BLOCK_PAIRS // len(y) // _TILE)  # of a row block
     if basis is None:
-        whole = range(0, acted_on.tiles, step)
+        whole = range(0, acted_on.tiles, tiles)
     else:
         active = _active_tiles(acted_on, acting, potential, basis)
-        shares = [float(part.mean(dtype=torch.float32)) for part in active.split(step)]
-        whole = [i * step for i, share in enumerate(shares) if share > _ACTIVE_SHARE]
+        shares = [float(part.mean(dtype=torch.float32)) for part in active.split(tiles)]
+        whole = [i * tiles for i, share in enumerate(shares) if share > _ACTIVE_SHARE]
         terms.active_share.copy_(active.mean(dtype=torch.float64))
         for start in whole:
-            active[start : start + step] = False
+            active[start : start + tiles] = False
         rows, columns = active.nonzero(as_tuple=True)
         for some_rows, some_columns in zip(rows.split(_CHUNK), columns.split(_CHUNK), strict=True):
             _active_pairs(terms, acted_on, acting, some_rows, some_columns, potential)
     if len(whole):
-        _whole_blocks(terms, acted_on, acting, whole, step * _TILE, potential)
+        _whole_blocks(terms, acted_on, acting, whole, tiles * _TILE, potential)
     return terms
 
 
@@ -147,7 +148,9 @@ def _sketches(cloud: _Cloud, potential: Potential, basis: Tensor) -> tuple[Tenso
 
     def arranged(factor: Tensor, lift: int) -> Tensor:
         padded = factor.new_zeros(padding, factor.shape[1])
+        padded[:, -4:] = 1
         padded[:, lift] = -torch.inf
+        padded[:, lift + 1] = 0
         return torch.cat([factor[cloud.order], padded]).to(factor_type)
 
     return arranged(rows, -4), arranged(columns, -2)
@@ -226,10 +229,10 @@ def _whole_blocks(
     acted_on: _Cloud,
     acting: _Cloud,
     starts: range | list[int],
-    step: int,
+    height: int,
     potential: Potential,
 ) -> None:
-    """Add the terms of the row blocks of `step` rows that start at tiles `starts`: all of y."""
+    """Add the terms of the row blocks of `height` rows that start at tiles `starts`: all of y."""
     y = acting.points[acting.order]
     depth, dtype = y.shape[1], y.dtype
     # [x, 1, -|x|^2/2] . [y, -|y|^2/2, 1] = -d^2/2, to within slack (|x|^2 + |y|^2) / 2, which the
@@ -239,7 +242,7 @@ def _whole_blocks(
     lifted_y = torch.cat([y, -half_y, torch.ones_like(half_y)], 1)
     near = -0.5 * potential.repulsion_radius**2
     for start in starts:
-        ranks = slice(start * _TILE, start * _TILE + step)
+        ranks = slice(start * _TILE, start * _TILE + height)
         index, labels = acted_on.order[ranks], acted_on.labels[ranks]
         x = acted_on.points[index]
         half_x = x.square().sum(1, keepdim=True).mul_(less)
@@ -274,6 +277,14 @@ def _add(terms: FieldTerms, index: Tensor, part: FieldTerms) -> None:
     terms.nearest.scatter_reduce_(0, index, part.nearest, "amin")
     if terms.grad is not None and part.grad is not None:
         terms.grad.index_add_(0, index, part.grad.to(terms.grad.dtype))
+
+
+def _accumulate(terms: FieldTerms, part: FieldTerms) -> None:
+    """Add further terms of the same points."""
+    for mine, its in zip(terms[:4], part[:4], strict=True):
+        if mine is not None and its is not None:
+            mine.add_(its)
+    torch.minimum(terms.nearest, part.nearest, out=terms.nearest)
 
 
 def _add_pairs(
@@ -317,10 +328,7 @@ def _dense_rows(
         columns = slice(start, start + _COLUMNS)
         same = x_labels[:, None] == y_labels[columns]
         part = _dense(x[None], y[None, columns], same[None], potential, needs_grad)
-        for mine, its in zip(terms[:4], part[:4], strict=True):
-            if mine is not None and its is not None:
-                mine.add_(its)
-        torch.minimum(terms.nearest, part.nearest, out=terms.nearest)
+        _accumulate(terms, part)
     return terms
 
 
@@ -366,8 +374,5 @@ def _dense(
         x.new_ones((), dtype=torch.float64),
     )
     if near is not None:
-        for mine, its in zip(terms[:4], near[:4], strict=True):
-            if mine is not None and its is not None:
-                mine.add_(its)
-        torch.minimum(terms.nearest, near.nearest, out=terms.nearest)
+        _accumulate(terms, near)
     return terms

@@ -179,7 +179,12 @@ def test_double_backward_is_refused() -> None:
     ("change", "error", "says"),
     [
         ({"points": [1.0]}, TypeError, "points must be a Tensor, got list"),
-        ({"points": X[0]}, ValueError, r"points must be \[N, D\] with D >= 1, got \[4\]"),
+        (
+            {"points": X[0]},
+            ValueError,
+            r"points must be \[N, D\] with D >= 1 and <= 16000, got \[4\]",
+        ),
+        ({"points": X[:, :1].expand(20, 16_001)}, ValueError, r"got \[20, 16001\]"),
         ({"points": X[:, :0]}, ValueError, r"got \[20, 0\]"),
         ({"points": X.int()}, TypeError, "points must have dtype float32, .*, got torch.int32"),
         ({"points": X[:7]}, ValueError, r"labels must be \[N\] with N = 7, .*, got \[20\]"),

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pfml_triton import Potential, potential_energy
+from pfml_triton import Potential, torch_backend
+from pfml_triton.kernels import launch
+from pfml_triton.potential import FieldTerms
 from pfml_triton.sketch import (
     MAX_DEPTH,
     REACH,
@@ -54,28 +57,28 @@ def partners(depth: int, norm: float, delta: float, n: int = 64) -> tuple[Tensor
     return x, y
 
 
-def factors(
-    x: Tensor, delta: float, basis: Tensor | None = None, error: float | None = None
-) -> tuple[Tensor, Tensor]:
-    """What the backends make of points, here from a float64 product: [N, K] bfloat16 each."""
-    if basis is None:
-        basis = random_basis(x.shape[1], CPU)
-    share = accumulation(x.shape[1]) if error is None else error
-    sketch = (x.double() @ basis.double()).float()
-    return lifted(sketch, share * x.norm(dim=1), delta)
+def factors(x: Tensor, delta: float) -> tuple[Tensor, Tensor]:
+    """What the kernels make of points: [N, K] bfloat16 each. The sketch is that of points rounded
+    to bfloat16, by tensor cores that truncate."""
+    basis = random_basis(x.shape[1], CPU)
+    coarse = x.bfloat16()
+    error = (x.double() - coarse.double()).norm(dim=1).float() * 1.001
+    sketch = tensor_core(coarse[:, None, :], basis.T[None], 8).float()
+    return lifted(sketch, error + accumulation(x.shape[1]) * coarse.float().norm(dim=1), delta)
 
 
 def tensor_core(a: Tensor, b: Tensor, group: int) -> Tensor:
-    """Row by row inner products as tensor cores may compute them: `group` terms and the sum so far
-    are aligned to the largest and truncated to 24 bits."""
-    terms = a.double() * b.double()
-    total = terms.new_zeros(len(a), 1)
-    for part in terms.split(group, dim=1):
-        aligned = torch.cat([total, part], 1)
-        largest = aligned.abs().amax(1, keepdim=True).clamp_min(1e-300)
+    """Inner products over the last dimension as tensor cores may compute them: `group` terms and
+    the sum so far are aligned to the largest and truncated to 24 bits."""
+    a, b = a.double(), b.double()
+    total = torch.zeros(1, dtype=torch.float64)
+    for part_a, part_b in zip(a.split(group, -1), b.split(group, -1), strict=True):
+        part = part_a * part_b
+        aligned = torch.cat([total.expand(part.shape[:-1])[..., None], part], -1)
+        largest = aligned.abs().amax(-1, keepdim=True).clamp_min(1e-300)
         quantum = torch.exp2(largest.log2().floor() - 23)
-        total = ((aligned / quantum).trunc() * quantum).sum(1, keepdim=True)
-    return total.squeeze(1)
+        total = ((aligned / quantum).trunc() * quantum).sum(-1)
+    return total
 
 
 def computed_as_near(x: Tensor, y: Tensor, delta: float) -> Tensor:
@@ -95,6 +98,7 @@ def test_no_pair_at_the_radius_is_dropped(depth: int, norm: float) -> None:
     for group in (1, 4, 8, 16, MAX_DEPTH):
         assert (tensor_core(rows, columns, group)[near] >= 0).all(), group
     assert ((rows.float() * columns.float()).sum(1)[near] >= 0).all()
+    # TF32 truncates the factors themselves: it finds nothing to truncate.
     tf32 = [(f.float().view(torch.int32) & ~0x1FFF).view(torch.float32) for f in (rows, columns)]
     assert torch.equal(tf32[0], rows.float())
     assert torch.equal(tf32[1], columns.float())
@@ -131,20 +135,31 @@ def test_rounding_that_pushes_apart(depth: int, norm: float) -> None:
     [("torch", depth, norm) for depth in DEPTHS for norm in NORMS]
     + [("triton", depth, norm) for depth in (1, 28, 60, 61, 512) for norm in (1.0, 1e3)],
 )
-def test_backends_drop_nothing(backend: str, depth: int, norm: float) -> None:
-    delta = 0.1875
-    x, y = partners(depth, norm, delta, 48)
-    points = torch.cat([x, y])
-    labels = torch.arange(96)
-    results = []
-    for prune in (True, False):
-        p = points.clone().requires_grad_()
-        energy = potential_energy(p, labels, Potential(3.0, delta), prune=prune, backend=backend)
-        (grad,) = torch.autograd.grad(energy, p)
-        results.append((energy.detach(), grad))
-    assert results[1][1].abs().sum() > 0
-    for a, b in zip(*results, strict=True):
-        assert torch.allclose(a, b, rtol=1e-6, atol=1e-6 * float(b.abs().max()))
+def test_backends_drop_nothing(
+    monkeypatch: pytest.MonkeyPatch, backend: str, depth: int, norm: float
+) -> None:
+    """Pairs at delta, each in a tile of pairs of its own, which nothing else makes active."""
+    monkeypatch.setattr(torch_backend, "_ACTIVE_SHARE", 2.0)  # never all of a row of tiles
+    delta, pairs = 0.1875, 4
+    height = 64 if backend == "torch" else 16
+    x, y = partners(depth, norm, delta, pairs)
+    points = norm * unit(torch.randn(pairs * (height + 64), depth))
+    at = torch.arange(pairs)
+    points[at * height], points[pairs * height + at * 64] = x, y
+    labels = torch.arange(len(points))
+    p = Potential(3.0, delta)
+    terms, dense = (
+        field_terms(backend)(points, labels, points, labels, p, needs_grad=False, basis=basis)
+        for basis in (random_basis(depth, CPU), None)
+    )
+    assert dense.repelling[at * height].sum() >= 1
+    assert torch.equal(terms.repelling, dense.repelling)
+    assert torch.allclose(terms.nearest, dense.nearest, rtol=1e-4)
+    assert torch.allclose(terms.energy, dense.energy, rtol=1e-5)
+
+
+def field_terms(backend: str) -> Callable[..., FieldTerms]:
+    return torch_backend.field_terms if backend == "torch" else launch.field_terms
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
@@ -182,8 +197,8 @@ def test_the_turned_basis_finds_the_leading_directions() -> None:
         kept.append(float((centred @ basis.float()).square().sum() / centred.square().sum()))
         basis = turned_basis(basis, points)
     assert kept[0] < 0.5
-    assert kept[1] > 0.9
-    assert kept[3] > 0.94  # the best 60 of 200 directions hold 0.984, and Q is 0.98 as long
+    assert kept[1] > 0.85
+    assert kept[3] > 0.88  # the best 60 of 200 directions hold 0.984, and Q is 0.96 as long
     assert all(b >= a - 1e-3 for a, b in itertools.pairwise(kept))
 
 

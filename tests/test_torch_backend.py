@@ -22,11 +22,15 @@ from tests.clouds import (
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(params=["pairs", "dense"])
+@pytest.fixture(params=["pairs", "dense", "pairs of tiles", "dense tiles"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Force one of the two ways of evaluating a block, and make blocks and tiles small."""
-    monkeypatch.setattr(torch_backend, "_DENSE_SHARE", {"pairs": 2.0, "dense": -1.0}[request.param])
+    """Force one of the ways of evaluating rows or active tiles, and make blocks small."""
+    share = -1.0 if request.param.startswith("dense") else 2.0
+    monkeypatch.setattr(torch_backend, "_DENSE_SHARE", share)
+    monkeypatch.setattr(torch_backend, "_DENSE_SHARE_OF_TILE", share)
+    monkeypatch.setattr(torch_backend, "_ACTIVE_SHARE", 2.0 if "tiles" in request.param else -1.0)
     monkeypatch.setattr(torch_backend, "_BLOCK_PAIRS", 3000)
+    monkeypatch.setattr(torch_backend, "_CHUNK", 3)
     monkeypatch.setattr(torch_backend, "_GATHER_ENTRIES", 5000)
     monkeypatch.setattr(torch_backend, "_COLUMNS", 33)
     return str(request.param)

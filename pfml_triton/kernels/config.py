@@ -1,9 +1,10 @@
 """The one table of tile shapes, the same choice every time.
 
-The key is the depth, and nothing else: the forces kernel holds gradients of [BLOCK_M, SLICES *
-BLOCK_D] in registers, so the depth decides what fits, while the dtype of the points only changes
-its loads. For every chip of tests/kernels/test_compile.py every entry compiles without a spill
-inside a loop, and with at most 16 bytes of stack.
+The key of the forces kernel is the depth: it holds gradients of [BLOCK_M, SLICES * BLOCK_D] in
+registers, so the depth decides what fits, while the dtype of the points only changes its loads. AMD
+has wider warps, and Hopper a wider product for the filter. For every chip of
+tests/kernels/test_compile.py every entry compiles without a spill inside a loop, and with at most
+16 bytes of stack.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 FUSED = {"enable_fp_fusion": True}  # stated, for its default differs between Tritons
-TILE_M, TILE_N = 16, 64  # rows and columns of an active tile
-FILTER_M = 128  # rows of a block of the filter
+# Fixed by the bits of filter.py: an active tile, and the rows of a block of the filter.
+TILE_M, TILE_N, FILTER_M = 16, 64, 128
 MAX_SLICES = 4  # of 128; with eight the gradients no longer fit the registers of sm_80
 
 
@@ -60,9 +61,10 @@ def tiles_for(depth: int, *, hip: bool = False, hopper: bool = False) -> Tiles:
     256 threads a program: 8 warps of 32 on NVIDIA, 4 of 64 on AMD (`hip`). Left alone, NVIDIA's
     assembler spills inside loops to reach the next step of occupancy; a stated limit stops that.
 
-    The filter's products are 128 numbers a thread. On Hopper (`hopper`) its warp-group instructions
-    are at their best 256 columns wide; two programs share a multiprocessor, so that one multiplies
-    while the other takes maxima.
+    The filter holds 128 numbers of its product a thread of NVIDIA's. On Hopper (`hopper`) its
+    instructions are at their best 256 columns wide, and the compiler takes the two halves of the
+    128 rows in turn. Two programs share a multiprocessor, so that one multiplies while the other
+    takes maxima.
     """
     if depth <= 128:
         block_d = max(16, 1 << (depth - 1).bit_length())

@@ -18,8 +18,8 @@ def _either(a, b):
 
 @triton.jit(do_not_specialize=["blocks_y"])
 def _filter_kernel(
-    row_ptr,  # [P, K] bfloat16, left factors of the points that are acted on
-    column_ptr,  # [Q, K] bfloat16, right factors of those that act
+    left_ptr,  # [P, K] bfloat16, left factors of the points that are acted on
+    right_ptr,  # [Q, K] bfloat16, right factors of those that act
     near_ptr,  # [P / 16, Q / 128] uint8 out: bit b of byte B is the tile 8 B + b of 16 columns
     stride_near,
     blocks_y,  # Q / BLOCK_N
@@ -42,7 +42,7 @@ def _filter_kernel(
     column = (n & -64) | ((n & 32) >> 2) | ((n & 24) << 1) | (n & 7)
     bit = 4 * tl.arange(0, TILES_N // 4)[:, None] + tl.arange(0, 4)[None, :]
 
-    rows = row_ptr + (block_x * BLOCK_M).to(tl.int64) * K
+    rows = left_ptr + (block_x * BLOCK_M).to(tl.int64) * K
     a = tl.load(rows + m[:, None] * K + k[None, :])
     above_ptr = near_ptr + (block_x * TILES_M + tile_x).to(tl.int64) * stride_near
     first = tl.program_id(1) * STRIP
@@ -50,7 +50,7 @@ def _filter_kernel(
     if MUTUAL:
         first = tl.maximum(first, block_x * BLOCK_M // BLOCK_N)
     for block_y in range(first, last):
-        columns = column_ptr + tl.cast(block_y, tl.int64) * (BLOCK_N * K)
+        columns = right_ptr + tl.cast(block_y, tl.int64) * (BLOCK_N * K)
         b = tl.load(columns + column[None, :] * K + k[:, None])
         product = tl.reshape(tl.dot(a, b), (TILES_M, 2, 8, TILES_N // 4, 2, 4, 4, 2))
         largest = tl.max(tl.max(tl.max(product, 7), 4), 1)  # inside a thread, for NVIDIA's layouts

@@ -1,6 +1,7 @@
 """The forces kernel: nominate with a matrix product, evaluate from differences.
 
-A program owns BLOCK_M points and walks the active tiles of other points (plan.py).
+A program owns BLOCK_M points and walks the active tiles of other points; where that list is long,
+extra programs take parts of it (plan.py).
 
 *Nominate.* One tensor-core product of the coarse (bfloat16) points gives every squared distance of
 the tile to within a proven margin, whatever the dtype of the points. Let x~ be the coarse point and
@@ -95,10 +96,11 @@ def _force_kernel(
     near_ptr,  # [P / 16, Q / 128] uint8, see filter.py
     extra_ptr,  # [tiles_x] int32, see plan.py
     budget_ptr,  # [1] int32
-    energy_ptr,  # [N + 16 E] out, energy of every point from the pairs that exert force on it;
-    attracting_ptr,  # int32 out, how many of them attract;     of extra programs, behind those of
-    repelling_ptr,  # int32 out, how many repel;                the points
-    nearest_ptr,  # out, the smallest d^2 of those that repel
+    # Rows from N on, here and in grad, are those of the E extra programs.
+    energy_ptr,  # [N + 16 E] out, energy of every point from the pairs that exert force on it
+    attracting_ptr,  # [N + 16 E] int32 out, how many of them attract
+    repelling_ptr,  # [N + 16 E] int32 out, how many repel
+    nearest_ptr,  # [N + 16 E] out, the smallest d^2 of those that repel
     active_ptr,  # [tiles_x] int32 out, active tiles of each row tile
     grad_ptr,  # [N + 16 E, D] out, the derivative of the energy in the point
     stride_xn,

@@ -48,16 +48,20 @@ class Cloud:
     order: Tensor  # [P] int64, which point comes in which row
     labels: Tensor  # [P] int64
     coarse: Tensor  # [P, depth] bfloat16 (float32 holding bfloat16 values under the interpreter)
-    sq_norm: Tensor  # [P] float32, NaN in padded rows
-    radius: Tensor  # [P] float32
+    sq_norm: Tensor  # [P] float32 (float64 for float64 points), NaN in padded rows
+    radius: Tensor  # [P], like sq_norm
     first_label: Tensor  # [P / TILE_N] int64
     last_label: Tensor  # [P / TILE_N] int64
-    rows: Tensor  # [P, K] like coarse, the sketch as left factor of the filter's test
-    columns: Tensor  # [P, K], as right factor
+    left: Tensor  # [P, K] like coarse, the sketch as left factor of the filter's test
+    right: Tensor  # [P, K], as right factor
 
 
 def pack(x: Tensor, labels: Tensor, tiles: Tiles, delta_rep: float, basis: Tensor | None) -> Cloud:
-    """Order points `x` [N, D] by `labels` [N] int64, coarsen them, and sketch them with `basis`."""
+    """Order points `x` [N, D] by `labels` [N] int64, coarsen them, and sketch them.
+
+    `basis` [D, at most 60] bfloat16 is that of the sketch for a repulsion of radius `delta_rep`;
+    None leaves the sketch out.
+    """
     n, dim = x.shape
     points = x if x.stride(1) == 1 else x.contiguous()
     height = max(FILTER_M, tiles.filter_n)
@@ -74,6 +78,9 @@ def pack(x: Tensor, labels: Tensor, tiles: Tiles, delta_rep: float, basis: Tenso
     sq_norm, radius = x.new_empty(2, rows, dtype=real)
     first_label, last_label = labels.new_empty(2, rows // TILE_N)
     k = sketch_depth(dim)
+    if basis is not None:
+        assert basis.shape == (dim, min(dim, k - LIFT)), basis.shape
+        assert basis.is_contiguous()
     left, right = x.new_empty(2, 0 if basis is None else rows, k, dtype=coarse_dtype)
     _pack_kernel[(rows // TILE_N,)](
         points, order, sorted_labels, coarse, sq_norm, radius, first_label, last_label,
@@ -92,13 +99,13 @@ def near_tiles(acted_on: Cloud, acting: Cloud, tiles: Tiles) -> Tensor:
     """Which tiles of 16 x 16 pairs the sketches let through: bits [P / 16, Q / 128] uint8."""
     height, width = len(acted_on.order), len(acting.order)
     near = acted_on.labels.new_empty(height // TILE_M, width // 128, dtype=torch.uint8)
-    if len(acted_on.rows) == 0:  # not sketched: all of them
+    if len(acted_on.left) == 0:  # not sketched: all of them
         return near.fill_(255)
     blocks_y = width // tiles.filter_n
     grid = height // FILTER_M, triton.cdiv(blocks_y, tiles.filter_strip)
     _filter_kernel[grid](
-        acted_on.rows, acting.columns, near, near.stride(0), blocks_y,
-        MUTUAL=acting is acted_on, K=acting.columns.shape[1], STRIP=tiles.filter_strip,
+        acted_on.left, acting.right, near, near.stride(0), blocks_y,
+        MUTUAL=acting is acted_on, K=acting.right.shape[1], STRIP=tiles.filter_strip,
         BLOCK_M=FILTER_M, BLOCK_N=tiles.filter_n,
         num_warps=tiles.filter_warps, num_stages=tiles.filter_stages, **FUSED,
     )  # fmt: skip
@@ -143,7 +150,7 @@ def field_terms(
     energy, nearest = (x.new_empty(out_rows, dtype=real) for _ in range(2))
     attracting, repelling = (x.new_empty(out_rows, dtype=torch.int32) for _ in range(2))
     active = x.new_empty(tiles_x, dtype=torch.int32)
-    grad = x.new_empty(out_rows, dim, dtype=real) if needs_grad else energy
+    grad = x.new_empty(out_rows, dim, dtype=real) if needs_grad else energy  # not written
     with torch.cuda.device_of(x):
         acted_on = pack(x, x_labels, tiles, potential.repulsion_radius, basis)
         mutual = y is x and y_labels is x_labels
@@ -151,7 +158,7 @@ def field_terms(
         near = near_tiles(acted_on, acting, tiles)
         depth = acted_on.coarse.shape[1]
         programs = depth // tiles.depth_multiple if needs_grad else 1
-        extra_of, budget = active, active  # not read
+        extra_of, budget = active, active  # not read, but a kernel wants a pointer
         if extra:
             count, extra_of = torch.empty_like(active), torch.empty_like(active)
             budget = active.new_empty(1)

@@ -16,9 +16,9 @@ def _pack_kernel(
     radius_ptr,  # [P] out: an upper bound of |point - coarse|
     first_label_ptr,  # [P / BLOCK_M] out: the label of a tile's first row
     last_label_ptr,  # [P / BLOCK_M] out: that of its last point
-    basis_ptr,  # [D, WIDTH], Q of sketch.py
-    row_ptr,  # [P, K] bfloat16 out: sketch and lift, as the left factor of the test
-    column_ptr,  # [P, K] bfloat16 out: the same as the right factor
+    basis_ptr,  # [D, WIDTH] bfloat16, Q of sketch.py
+    left_ptr,  # [P, K] bfloat16 out: sketch and lift, as the left factor of the test
+    right_ptr,  # [P, K] bfloat16 out: the same as the right factor
     stride_xn,
     N,
     D,
@@ -61,7 +61,7 @@ def _pack_kernel(
     # A padded row compares false to everything, so it is never nominated: no masks from here on.
     norm = tl.where(rows < N, tl.sum(sq_norm, 1), float("nan"))
     tl.store(sq_norm_ptr + rows, norm)
-    # The sum of D squares is low by at most (D + 2) 2^-24 of itself: less than this for D < 8192.
+    # The sum of D squares is low by at most (D + 2) 2^-24 of itself, and D <= 16,000.
     # The square root takes what is below 2^-126 for 0.
     radius = tl.sqrt(tl.maximum(tl.sum(sq_error, 1), 1.2e-38)) * 1.001
     tl.store(radius_ptr + rows, radius)
@@ -84,8 +84,8 @@ def _pack_kernel(
         low = tl.where(tl.abs(high) < float("inf"), lift - high, 0.0)
         out = rows.to(tl.int64)[:, None] * K + k[None, :]
         ours = tl.where((k == K - 4)[None, :], high[:, None], low[:, None])
-        row = tl.where((k < K - 4)[None, :], rounded, tl.where((k < K - 2)[None, :], ours, 1.0))
+        left = tl.where((k < K - 4)[None, :], rounded, tl.where((k < K - 2)[None, :], ours, 1.0))
         ours = tl.where((k == K - 2)[None, :], high[:, None], low[:, None])
-        column = tl.where((k < K - 4)[None, :], rounded, tl.where((k < K - 2)[None, :], 1.0, ours))
-        tl.store(row_ptr + out, row.to(tl.bfloat16).to(coarse_type))
-        tl.store(column_ptr + out, column.to(tl.bfloat16).to(coarse_type))
+        right = tl.where((k < K - 4)[None, :], rounded, tl.where((k < K - 2)[None, :], 1.0, ours))
+        tl.store(left_ptr + out, left.to(tl.bfloat16).to(coarse_type))
+        tl.store(right_ptr + out, right.to(tl.bfloat16).to(coarse_type))

@@ -126,6 +126,6 @@ def test_pack(compiler: ProcessPoolExecutor, dtype: torch.dtype) -> None:
     assert torch.isnan(packed.sq_norm[37:]).all()
     sketch = packed.coarse[:37, :70].float() @ basis(x).float()
     wide = packed.radius[:37] + accumulation(70) * packed.sq_norm[:37].sqrt()
-    for ours, theirs in zip((packed.rows, packed.columns), lifted(sketch, wide, 0.2), strict=True):
+    for ours, theirs in zip((packed.left, packed.right), lifted(sketch, wide, 0.2), strict=True):
         assert torch.allclose(ours[:37].float(), theirs.float(), rtol=2.0**-7, atol=1e-6)
         assert (ours[37:].float().amin(1) == -torch.inf).all()
