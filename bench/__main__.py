@@ -101,7 +101,7 @@ def _retrieval(parsed: argparse.Namespace) -> None:
 def _add_pruning(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "pruning",
-        help="time and memory with pruning and without (eight minutes of an idle machine)",
+        help="time and memory with pruning and without (nine minutes of an idle machine)",
         description="Measure forward and backward of the energy with pruning, without it, and as "
         "plain PyTorch writes it (eager and torch.compile): time, peak memory and operations, on "
         "clouds of well-separated classes and on those where nothing can be pruned. Checks that "
@@ -139,7 +139,7 @@ def _add_model(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "model",
         help="modelled time of one step on a GPU, from its machine code; needs no GPU",
         description="Model the time of one step, forward with gradient, on a GPU that is not "
-        "here: compile what the loss launches, count its instructions and the work of a real "
+        "here: compile what potential_energy launches, count its instructions and the work of a real "
         "cloud of points, and divide by the rates of the chip. Every line of the derivation is "
         "printed; nothing is measured.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

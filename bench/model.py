@@ -75,7 +75,7 @@ def run(settings: ModelSettings, out: Path, console: Console | None = None) -> R
     for name, known in (("arch", MODELLED), ("dtype", DTYPES)):
         if getattr(settings, name) not in known:
             raise ValueError(f"{name} must be one of {known}, got {getattr(settings, name)!r}")
-    for name, least, most in (("classes", 8, 10**6), ("batch", 0, 10**6), ("depth", 3, 512)):
+    for name, least, most in (("classes", 8, 10**5), ("batch", 0, 10**5), ("depth", 3, 512)):
         if not least <= getattr(settings, name) <= most:
             raise ValueError(f"{name} must be in {least}..{most}, got {getattr(settings, name)}")
     chip = CHIPS[settings.arch]
@@ -354,7 +354,7 @@ def _findings(chip: Chip, work: Work, times: dict[str, Ends], dense: float) -> I
     yield (
         f"Work, counted: {len(work.row):,} active tiles of 16 x 64, lists of "
         f"{work.lengths.float().mean():.2f} on average and {work.lengths.max()} at most; "
-        f"{work.turns.sum():,} turns for {work.pairs:,} nominated pairs."
+        f"{work.turns.sum():,} turns for {work.pairs:,} pairs that exert a force, the fewest that are nominated."
     )
     yield (
         f"Rates: {chip.name}, {chip.multiprocessors} multiprocessors at {chip.clock / 1e9:g} GHz; "
