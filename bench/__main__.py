@@ -139,9 +139,9 @@ def _add_model(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "model",
         help="modelled time of one step on a GPU, from its machine code; needs no GPU",
         description="Model the time of one step, forward with gradient, on a GPU that is not "
-        "here: compile what potential_energy launches, count its instructions and the work of a real "
-        "cloud of points, and divide by the rates of the chip. Every line of the derivation is "
-        "printed; nothing is measured.",
+        "here: compile what potential_energy launches, count its instructions and the work of a "
+        "real cloud of points, and divide by the rates of the chip. Every line of the derivation "
+        "is printed; nothing is measured.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     default = ModelSettings()

@@ -354,7 +354,8 @@ def _findings(chip: Chip, work: Work, times: dict[str, Ends], dense: float) -> I
     yield (
         f"Work, counted: {len(work.row):,} active tiles of 16 x 64, lists of "
         f"{work.lengths.float().mean():.2f} on average and {work.lengths.max()} at most; "
-        f"{work.turns.sum():,} turns for {work.pairs:,} pairs that exert a force, the fewest that are nominated."
+        f"{work.turns.sum():,} turns for {work.pairs:,} pairs that exert a force, the fewest that "
+        "are nominated."
     )
     yield (
         f"Rates: {chip.name}, {chip.multiprocessors} multiprocessors at {chip.clock / 1e9:g} GHz; "
