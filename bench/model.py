@@ -153,7 +153,7 @@ def _limited(name: str, times: Mapping[str, ArrayLike], lines: list[str]) -> Est
 
 
 def _pack(chip: Chip, kernel: Kernel, work: Work) -> Estimate:
-    names = ("x", "order", "coarse", "sq_norm", "radius", "row", "column")
+    names = ("x", "order", "coarse", "sq_norm", "radius", "left", "right")
     moved = {name: kernel.args[f"{name}_ptr"].nbytes for name in names}
     basis = kernel.programs * kernel.args["basis_ptr"].nbytes
     waves = _waves(chip, kernel)
