@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from bench.settings import (
     DEVICES,
@@ -94,8 +95,7 @@ def _retrieval(parsed: argparse.Namespace) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from bench.retrieval import run
 
-    values = {name: value for name, value in vars(parsed).items() if name not in ("command", "out")}
-    run(RetrievalSettings(**values), parsed.out)
+    run(RetrievalSettings(**_values(parsed)), parsed.out)
 
 
 def _add_pruning(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -129,9 +129,8 @@ def _add_pruning(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _pruning(parsed: argparse.Namespace) -> None:
     from bench.pruning import run
 
-    values = {name: value for name, value in vars(parsed).items() if name not in ("command", "out")}
-    values |= {"sizes": tuple(parsed.sizes), "providers": tuple(parsed.providers)}
-    run(PruningSettings(**values), parsed.out)
+    chosen = {"sizes": tuple(parsed.sizes), "providers": tuple(parsed.providers)}
+    run(PruningSettings(**_values(parsed) | chosen), parsed.out)
 
 
 def _add_model(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -161,8 +160,7 @@ def _model(parsed: argparse.Namespace) -> None:
     os.environ.pop("TRITON_INTERPRET", None)  # it is the machine code that counts
     from bench.model import run
 
-    values = {name: value for name, value in vars(parsed).items() if name not in ("command", "out")}
-    run(ModelSettings(**values), parsed.out)
+    run(ModelSettings(**_values(parsed)), parsed.out)
 
 
 def _add_figure(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -182,6 +180,11 @@ def _figure(parsed: argparse.Namespace) -> None:
     parsed.out.parent.mkdir(parents=True, exist_ok=True)
     class_field_figure(parsed.out)
     print(f"Wrote {parsed.out}")
+
+
+def _values(parsed: argparse.Namespace) -> dict[str, Any]:
+    """What was given of the settings of a study."""
+    return {name: value for name, value in vars(parsed).items() if name not in ("command", "out")}
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ class Stats(NamedTuple):
     Pairs are ordered, as Eq. 6 counts them: two points of a field that act on each other are two.
     """
 
-    active_energy: Tensor  # float64, what the pairs that exert force add to a field at rest: >= 0
+    active_energy: Tensor  # float64, what pairs that exert force add to a field at rest, >= 0
     attracting_pairs: Tensor  # int64, pairs of one class at d >= delta
     repelling_pairs: Tensor  # int64, pairs of two classes at d < delta_rep
     smallest_distance: Tensor  # floating point, of the repelling pairs; inf if there are none
@@ -66,8 +66,8 @@ def potential_energy(
     other, and receive a force only if they require a gradient.
 
     Args:
-        points: [N, D], float32, bfloat16 or float16 (torch backend also float64), N >= 0, D >= 1,
-            any strides. Used as they are: normalise them yourself, or use `PFMLLoss`.
+        points: [N, D], float32, bfloat16 or float16 (torch backend also float64), N >= 0,
+            1 <= D <= 16000, any strides. Used as they are: normalise them yourself, or use `PFMLLoss`.
         labels: [N], any integer dtype, any values, any order.
         potential: alpha, radii and softening length; None means `Potential()`.
         sources: [S, D], the dtype and device of `points`, or None.
@@ -327,7 +327,7 @@ def _pairs_of_one_class(labels: Tensor, other: Tensor) -> Tensor:
 
 
 def _active_energy(terms: FieldTerms, potential: Potential) -> Tensor:
-    """What the active pairs of each point have above their constants: [N] float64, >= 0.
+    """What the active pairs of each point have above their constants: [N] float64, >= 0 up to rounding.
 
     The energy is mostly constants. This is the part of it that forces can lower.
     """
@@ -427,7 +427,7 @@ def _check_points(points: Tensor, name: str, size: str) -> None:
     # The bounds of rounding hold up to this depth.
     if points.dim() != 2 or not 1 <= points.shape[1] <= 16_000:
         raise ValueError(
-            f"{name} must be [{size}, D] with D >= 1 and <= 16000, got {list(points.shape)}"
+            f"{name} must be [{size}, D] with 1 <= D <= 16000, got {list(points.shape)}"
         )
 
 

@@ -26,7 +26,7 @@ class PFMLLoss(nn.Module):
 
     Args:
         num_classes: C >= 1; labels are in [0, C).
-        embedding_size: D >= 1.
+        embedding_size: D in [1, 16000].
         proxies_per_class: M >= 0 (the paper: 15 on CUB and Cars, 2 on SOP); 0 is samples only.
         alpha, delta, delta_rep, min_distance: see `Potential`.
         normalize: scale embeddings and proxies to unit length, as the paper does. Off, the radii
@@ -47,6 +47,8 @@ class PFMLLoss(nn.Module):
             training changes. Reading a value waits for the device.
         proxies: nn.Parameter [C, M, D] float32, drawn from a normal distribution scaled to about
             unit length. They want a learning rate of their own, see `param_groups`.
+        sketch_basis: buffer [D, at most 60] bfloat16 of the pruning, not part of the state. Whatever
+            is written to it, the result stays the same.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of its range.

@@ -179,11 +179,7 @@ def test_double_backward_is_refused() -> None:
     ("change", "error", "says"),
     [
         ({"points": [1.0]}, TypeError, "points must be a Tensor, got list"),
-        (
-            {"points": X[0]},
-            ValueError,
-            r"points must be \[N, D\] with D >= 1 and <= 16000, got \[4\]",
-        ),
+        ({"points": X[0]}, ValueError, r"must be \[N, D\] with 1 <= D <= 16000, got \[4\]"),
         ({"points": X[:, :1].expand(20, 16_001)}, ValueError, r"got \[20, 16001\]"),
         ({"points": X[:, :0]}, ValueError, r"got \[20, 0\]"),
         ({"points": X.int()}, TypeError, "points must have dtype float32, .*, got torch.int32"),
@@ -197,6 +193,7 @@ def test_double_backward_is_refused() -> None:
         ({"potential": 3.0}, TypeError, "potential must be a Potential, got float"),
         ({"reduction": "none"}, ValueError, r"one of \('sum', 'mean'\), got 'none'"),
         ({"backend": "cuda"}, ValueError, r"\('auto', 'triton', 'torch'\), got 'cuda'"),
+        ({"prune": None}, TypeError, "prune must be a bool, got None"),
         ({"sources": X}, ValueError, "source_labels is None"),
         ({"source_labels": LABELS}, ValueError, "sources is None"),
         (
@@ -229,6 +226,7 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], says: str) ->
         ({"queries": X[:, :2]}, ValueError, r"one depth D, got \[20, 2\] and \[20, 4\]"),
         ({"queries": X.half()}, TypeError, "dtype of points, torch.float32, got torch.float16"),
         ({"class_index": 2**63}, ValueError, r"in \[-2\*\*63, 2\*\*63\), got 9223372036854775808"),
+        ({"prune": 0}, TypeError, "prune must be a bool, got 0"),
         ({"class_index": 1.0}, TypeError, "class_index must be an int, got 1.0"),
         ({"points": X.clone().requires_grad_()}, ValueError, r"pass points.detach\(\)"),
     ],

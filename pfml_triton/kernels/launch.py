@@ -78,8 +78,9 @@ def pack(x: Tensor, labels: Tensor, tiles: Tiles, delta_rep: float, basis: Tenso
     sq_norm, radius = x.new_empty(2, rows, dtype=real)
     first_label, last_label = labels.new_empty(2, rows // TILE_N)
     k = sketch_depth(dim)
+    width = min(dim, k - LIFT)
     if basis is not None:
-        assert basis.shape == (dim, min(dim, k - LIFT)), basis.shape
+        assert basis.shape == (dim, width), basis.shape
         assert basis.is_contiguous()
     left, right = x.new_empty(2, 0 if basis is None else rows, k, dtype=coarse_dtype)
     _pack_kernel[(rows // TILE_N,)](
@@ -87,7 +88,7 @@ def pack(x: Tensor, labels: Tensor, tiles: Tiles, delta_rep: float, basis: Tenso
         coarse if basis is None else basis, left, right,
         points.stride(0), n, dim, depth,
         REACH * delta_rep, accumulation(dim), SLACK,
-        SKETCHED=basis is not None, WIDTH=min(dim, k - LIFT), K=k,
+        SKETCHED=basis is not None, WIDTH=width, K=k,
         BLOCK_M=TILE_N, BLOCK_D=tiles.block_d, num_warps=8, **FUSED,
     )  # fmt: skip
     return Cloud(

@@ -40,9 +40,9 @@ def _active_tiles(
 @triton.jit(do_not_specialize=["N", "tiles_y"])
 def _count_kernel(
     x_label_ptr,  # [P] int64
-    near_ptr,
-    y_first_label_ptr,
-    y_last_label_ptr,
+    near_ptr,  # [P / 16, Q / 128] uint8
+    y_first_label_ptr,  # [Q / 64] int64
+    y_last_label_ptr,  # [Q / 64] int64
     count_ptr,  # [P / 16] int32 out, the length of each list
     stride_near,
     N,
