@@ -67,7 +67,8 @@ def potential_energy(
 
     Args:
         points: [N, D], float32, bfloat16 or float16 (torch backend also float64), N >= 0,
-            1 <= D <= 16000, any strides. Used as they are: normalise them yourself, or use `PFMLLoss`.
+            1 <= D <= 16000, any strides. Used as they are: normalise them yourself, or use
+            `PFMLLoss`.
         labels: [N], any integer dtype, any values, any order.
         potential: alpha, radii and softening length; None means `Potential()`.
         sources: [S, D], the dtype and device of `points`, or None.
@@ -327,7 +328,7 @@ def _pairs_of_one_class(labels: Tensor, other: Tensor) -> Tensor:
 
 
 def _active_energy(terms: FieldTerms, potential: Potential) -> Tensor:
-    """What the active pairs of each point have above their constants: [N] float64, >= 0 up to rounding.
+    """What the active pairs of each point have above their constants, >= 0: [N] float64.
 
     The energy is mostly constants. This is the part of it that forces can lower.
     """

@@ -47,8 +47,8 @@ class PFMLLoss(nn.Module):
             training changes. Reading a value waits for the device.
         proxies: nn.Parameter [C, M, D] float32, drawn from a normal distribution scaled to about
             unit length. They want a learning rate of their own, see `param_groups`.
-        sketch_basis: buffer [D, at most 60] bfloat16 of the pruning, not part of the state. Whatever
-            is written to it, the result stays the same.
+        sketch_basis: buffer [D, at most 60] bfloat16 of the pruning, not part of the state.
+            Whatever is written to it, the result stays the same.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of its range.
