@@ -49,7 +49,7 @@ from bench.counting import (
     shared_out,
 )
 from bench.results import append_row, provenance
-from bench.settings import DTYPES, MODELLED, ModelSettings, PruningSettings
+from bench.settings import DTYPES, MODELLED, ModelSettings, Size
 from pfml_triton import Potential
 from pfml_triton.kernels.config import TILE_M
 
@@ -79,11 +79,8 @@ def run(settings: ModelSettings, out: Path, console: Console | None = None) -> R
         if not least <= getattr(settings, name) <= most:
             raise ValueError(f"{name} must be in {least}..{most}, got {getattr(settings, name)}")
     chip = CHIPS[settings.arch]
-    cloud = PruningSettings(
-        depth=settings.depth, seed=settings.seed,
-        sop_classes=settings.classes, sop_batch=settings.batch,
-    )  # fmt: skip
-    points, labels = make_cloud("sop", cloud)
+    size = Size(settings.batch, settings.classes, proxies=2, depth=settings.depth)
+    points, labels, _ = make_cloud(size, settings.seed)
     points = points.to(getattr(torch, settings.dtype))
     work = count_work(points.float(), labels, Potential())
     kernels, operations = record_step(points, labels, settings.arch)

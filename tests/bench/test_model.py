@@ -13,7 +13,7 @@ from rich.console import Console
 from bench import __main__ as command_line
 from bench import aot, counting, model
 from bench.clouds import make_cloud
-from bench.settings import ModelSettings, PruningSettings
+from bench.settings import ModelSettings, Size
 from pfml_triton import Potential
 from pfml_triton.kernels import launch
 from pfml_triton.kernels.config import TILE_M, TILE_N, tiles_for
@@ -111,8 +111,8 @@ def test_work_is_that_of_the_kernels(kind: str) -> None:
 
 
 def test_far_classes_share_no_tiles() -> None:
-    settings = PruningSettings(depth=512, sop_classes=300, sop_batch=0)
-    work = counting.count_work(*make_cloud("sop", settings), Potential())
+    points, labels, _ = make_cloud(Size(batch=0, classes=300, proxies=2), seed=0)
+    work = counting.count_work(points, labels, Potential())
     assert len(work.row) < 1.1 * 600 / TILE_M  # little but the tiles on the diagonal
     assert work.pairs == 600
     assert work.turns.tolist() == [1] * len(work.row)
