@@ -17,6 +17,7 @@ from bench.settings import (
     PROVIDERS,
     SIZES,
     SPEED_DTYPES,
+    HostSettings,
     ModelSettings,
     RetrievalSettings,
     SpeedSettings,
@@ -34,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_retrieval(commands)
     _add_speed(commands)
     _add_plot(commands)
+    _add_host(commands)
     _add_model(commands)
     _add_figure(commands)
     return parser
@@ -174,6 +176,31 @@ def _plot(parsed: argparse.Namespace) -> None:
     parsed.out.parent.mkdir(parents=True, exist_ok=True)
     (speed_figure if parsed.kind == "speed" else growth_figure)(parsed.rows, parsed.out)
     print(f"Wrote {parsed.out}")
+
+
+def _add_host(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "host",
+        help="what a step costs the host, launches stubbed out; needs no GPU (seconds)",
+        description="Time the Python, dispatcher and autograd of one call of PFMLLoss and its "
+        "backward, in parts, with launches that stop short of the driver; count the launches.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    default = HostSettings()
+    add = parser.add_argument
+    add("--size", choices=SIZES, default=default.size, help="of the batch and the proxies")
+    add("--repeats", type=int, metavar="N", default=default.repeats, help="timed steps")
+    add("--seed", type=int, metavar="N", default=default.seed, help="of the points")
+    add("--out", type=Path, metavar="FOLDER", default=Path("runs"),
+        help="gets a row in host.jsonl")  # fmt: skip
+    parser.set_defaults(command=_host)
+
+
+def _host(parsed: argparse.Namespace) -> None:
+    os.environ.pop("TRITON_INTERPRET", None)  # it is the launcher that counts
+    from bench.host import run
+
+    run(HostSettings(**_values(parsed)), parsed.out)
 
 
 def _add_model(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

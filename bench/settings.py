@@ -122,6 +122,21 @@ class SpeedSettings:
 
 
 @dataclass(frozen=True)
+class HostSettings:
+    """Settings of one measurement of the host's part of a step.
+
+    Args:
+        size: one of `SIZES`.
+        repeats: timed steps.
+        seed: of the points.
+    """
+
+    size: str = "cub"
+    repeats: int = 2000
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class ModelSettings:
     """Settings of one modelled step; the defaults are Stanford Online Products.
 
