@@ -260,7 +260,7 @@ def total(
 
 def pull_back(
     grad: Tensor,
-    points: Tensor,
+    points: Tensor | None,
     inverse: Tensor | None,
     *,
     grad_output: Tensor,
@@ -273,18 +273,19 @@ def pull_back(
 
     Args:
         grad: [N, D] of the energy in the points, or of half of it if `twice`.
-        points, inverse: of the cloud.
+        points, inverse: of the cloud, if its points were scaled; else None.
         grad_output: the derivative in the value of the loss, a scalar.
         totals: of the energy; they make the gradient NaN if a point was not finite.
         split: which gradients are wanted, and how they look.
         pairs: that the energy is divided by.
     """
-    n, dim = points.shape
+    n, dim = grad.shape
     block_d = min(128, max(16, 1 << (dim - 1).bit_length()))
     first, second = split.empty(grad)
     with torch.cuda.device_of(grad):
         _pull_back_kernel[(_cdiv(n, TILE_M),)](
-            grad, points, grad if inverse is None else inverse, grad_output, totals,
+            grad, grad if points is None else points, grad if inverse is None else inverse,
+            grad_output, totals,
             grad if first is None else first, grad if second is None else second,
             split.b, n, dim, pairs,
             TWICE=twice, UNIT=inverse is not None,
