@@ -7,6 +7,7 @@ time. Then they are timed in turn. Peak memory is that of a call in a process of
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -225,14 +226,16 @@ def first_calls(
         allowed = provider.tolerance
         if work.dtype != torch.float32:
             allowed += _ROUNDING * torch.finfo(work.dtype).eps
-        checked = {"parity_error": off.gradient, "energy_error": off.energy, "tolerance": allowed}
+        checked = {"parity_error": _finite(off.gradient), "energy_error": _finite(off.energy)}
+        checked["tolerance"] = allowed
         cells |= checked
         if not (off.gradient <= allowed and (off.energy is None or off.energy <= allowed)):
             for row in rows.values():
                 row |= checked
+            of_energy = "" if off.energy is None else f", the energy by {off.energy:.2g} of itself"
             raise WrongResult(
-                f"the gradient is off by {off.gradient:.2g} of the largest force, the energy by "
-                f"{off.energy or 0:.2g} of itself, and {allowed:.2g} is allowed"
+                f"the gradient is off by {off.gradient:.2g} of the largest force{of_energy}, and "
+                f"{allowed:.2g} is allowed"
             )
     for mode, row in rows.items():
         row |= found[mode]
@@ -285,6 +288,11 @@ def _counted(call: Callable[[], T], counted: bool) -> tuple[T, int | None]:
     return operations(call) if counted else (call(), None)
 
 
+def _finite(value: float | None) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 def _is_measured(rows: Rows) -> bool:
     return all(row["status"] == MEASURED for row in rows.values())
 
@@ -302,6 +310,8 @@ def _told(rows: Rows) -> Iterator[None]:
             kind = "out of memory"
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+        elif isinstance(error, NotImplementedError):  # for this dtype or device
+            kind = "cannot run"
         for row in rows.values():
             row["status"] = f"{kind}: {_first_line(error)}"
 
@@ -315,7 +325,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def is_broken(rows: Sequence[Row]) -> bool:
-    """Whether a provider was wrong, or failed for a reason other than memory."""
+    """Whether a provider was wrong, or failed for a reason that nobody has foreseen."""
     return any(row["status"].startswith(("wrong", "failed")) for row in rows)
 
 
