@@ -84,7 +84,8 @@ def run(settings: SpeedSettings, out: Path, console: Console | None = None) -> l
             for row in measured:
                 append_row(path, row | common)
             rows += measured
-            console.print(speed_table(measured))
+            if any(row["status"] == MEASURED for row in measured):
+                console.print(speed_table(measured))
     console.print(LEGEND)
     for line in findings(rows):
         console.print(line, highlight=False)

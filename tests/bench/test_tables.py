@@ -54,12 +54,14 @@ def test_findings_are_gathered() -> None:
     rows = [
         row("cub", "eager", status="does not fit: needs 1 GiB"),
         row("cub", "eager", "forward", status="does not fit: needs 1 GiB"),
+        row("cub", "keops", status="pip install -e '.[dev]'"),
         *(row(size, f"pfml-{kind}", status="needs a GPU") for size in ("cub", "collapsed")
           for kind in ("triton", "triton-dense")),
         row("collapsed", "pfml", p50_ms=11.0), row("collapsed", "pfml-dense"),
     ]  # fmt: skip
     assert list(findings(rows)) == [
         "eager (cub): does not fit: needs 1 GiB.",
+        "keops (cub): pip install -e '.\\[dev]'.",
         "pfml-triton, pfml-triton-dense (everywhere): needs a GPU.",
         "Nothing to prune (collapsed): pfml takes 1.10 of the time of pfml-dense, below 1.15.",
     ]
