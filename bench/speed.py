@@ -37,7 +37,8 @@ _BOTH = "forward+backward"
 _ROUNDING = 0.5  # of a gradient to half precision, in units of that precision
 _LATER = (  # columns of a row that only a measurement fills
     "configuration", "first_ms", "p20_ms", "p50_ms", "p80_ms", "repeats", "peak_bytes",
-    "extra_bytes", "executed_operations", "parity_error", "energy_error", "tolerance",
+    "extra_bytes", "active_share", "executed_operations", "parity_error", "energy_error",
+    "tolerance",
 )  # fmt: skip
 
 T = TypeVar("T")
@@ -180,11 +181,14 @@ def measure(
             first_calls(PROVIDERS[provider], rows, work, expected, device)
             for row in rows.values():
                 row["configuration"] = tiles_of(provider, cloud, device)
+                row["active_share"] = work.active_share()
             for mode in rows:
                 for _ in range(copies - 1):  # the other copies' first
                     work.call(mode)
             works[provider] = work
             work.clear()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # for the other processes
     for provider in works:
         begin(f"memory of {provider}")
         try:
@@ -309,8 +313,6 @@ def _told(rows: Rows) -> Iterator[None]:
             kind = "wrong"
         elif is_out_of_memory(error):
             kind = "out of memory"
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
         elif isinstance(error, NotImplementedError):  # for this dtype or device
             kind = "cannot run"
         for row in rows.values():

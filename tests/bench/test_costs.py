@@ -117,3 +117,16 @@ def test_pairs_of_the_torch_backend_are_counted() -> None:
     assert executed > pairs + 2 * 200 * 4 * 64
     lean = costs.Workload(PROVIDERS["eager"].build, make_cloud(size, 0))
     assert executed < costs.operations(lambda: lean.call("forward+backward"))[1]
+
+
+def test_the_active_share_is_told_by_this_loss_alone() -> None:
+    spread = make_cloud(Size(10, 1, 190, depth=64, kind="one-class"), 0)
+    apart = make_cloud(Size(0, 320, 2, depth=256), 0)
+    shares = []
+    for cloud in (spread, apart):
+        work = costs.Workload(PROVIDERS["pfml"].build, cloud)
+        work.call("forward")
+        shares.append(work.active_share())
+    assert shares[0] == 1.0
+    assert 0 < shares[1] < 0.5
+    assert costs.Workload(PROVIDERS["eager"].build, apart).active_share() is None

@@ -67,6 +67,7 @@ def test_a_row_for_each_size_provider_and_mode(tmp_path: Path) -> None:
         assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
         assert row["first_ms"] > 0
         assert (row["repeats"], row["extra_bytes"]) == (3, 2 << 20)
+        assert (row["active_share"] is not None) == (provider == "pfml")
         if provider == "contrastive":
             assert row["computes"].startswith("ContrastiveLoss")
             assert (row["parity_error"], row["tolerance"]) == (None, None)
