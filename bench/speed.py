@@ -62,11 +62,14 @@ def run(settings: SpeedSettings, out: Path, console: Console | None = None) -> l
 
     Raises:
         ValueError: a setting is out of range, or the device is not there.
+        OSError: the rows cannot be written.
     """
     console = console or Console()
     sizes = chosen_sizes(settings)
     device = prepare(settings)
     path = out / "speed.jsonl"
+    out.mkdir(parents=True, exist_ok=True)
+    path.open("a").close()  # that it cannot be written is better known now
     load = os.getloadavg()[0]
     common = provenance(device) | {"seed": settings.seed, "load": load}
     if load > BUSY:

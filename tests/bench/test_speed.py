@@ -178,6 +178,17 @@ def test_a_wrong_result_is_not_timed(
     assert speed.is_broken(rows)
 
 
+def test_rows_that_cannot_be_written_are_an_error_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(speed, "measure", lambda *_: pytest.fail("measured in vain"))
+    (tmp_path / "file").touch()
+    assert command_line.main(["speed", "--out", str(tmp_path / "file")]) == 2
+    (tmp_path / "speed.jsonl").mkdir()
+    assert command_line.main(["speed", "--out", str(tmp_path)]) == 2
+    assert "speed.jsonl" in capsys.readouterr().err
+
+
 def test_an_interrupt_keeps_the_sizes_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
