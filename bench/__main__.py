@@ -26,6 +26,13 @@ from bench.settings import (
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells defaults, where there is one to tell."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default else action.help
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser with every subcommand; the arguments it returns hold `command`, a function."""
     parser = argparse.ArgumentParser(
@@ -114,23 +121,23 @@ def _add_speed(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "PyTorch, under torch.compile and in KeOps, and losses of pytorch-metric-learning. "
         "Whatever computes this loss is checked against the reference before a time is taken. "
         "What cannot run is a row that says why. Exit status 1 if a result was wrong.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
     )
     default = SpeedSettings()
     add = parser.add_argument
     sizes = ", ".join(f"{name} {size.n:,}" for name, size in SIZES.items())
     add("--sizes", nargs="+", choices=SIZES, metavar="SIZE",
-        help=f"which clouds, with their N: {sizes}; in the last two every pair acts. All if "
-        "neither --sizes nor --n is given")  # fmt: skip
-    add("--n", nargs="+", type=int, metavar="N", default=[],
+        help=f"which clouds, here with their N: {sizes}. In the last two every pair acts. All of "
+        "them if neither --sizes nor --n is given")  # fmt: skip
+    add("--n", nargs="+", type=int, metavar="N",
         help="clouds of as many points, well apart: 100 samples, the rest proxies")  # fmt: skip
     add("--d", type=int, metavar="D", default=default.d, help="length of the points of --n")
     add("--classes", type=int, metavar="C",
-        help="classes of --n; if not given, as many as make 4 proxies of each")  # fmt: skip
+        help="classes of --n; as many as make 4 proxies of each if not given")  # fmt: skip
     add("--providers", nargs="+", choices=PROVIDERS, metavar="PROVIDER",
-        default=list(default.providers), help="what is measured")  # fmt: skip
-    add("--mode", dest="modes", nargs="+", choices=MODES, default=list(default.modes),
-        help="without gradients, or with")  # fmt: skip
+        help=f"some of {', '.join(PROVIDERS)}; all if not given")  # fmt: skip
+    add("--mode", dest="modes", nargs="+", choices=MODES, metavar="MODE",
+        help=f"{' or '.join(MODES)}; both if not given")  # fmt: skip
     add("--dtype", choices=SPEED_DTYPES, default=default.dtype,
         help="of the embeddings; proxies are float32")  # fmt: skip
     add("--repeats", type=int, metavar="N", default=default.repeats,
@@ -147,12 +154,11 @@ def _add_speed(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def _speed(parsed: argparse.Namespace) -> int:
     from bench.speed import is_broken, run
 
-    values = _values(parsed)
-    if values["sizes"] is None:
-        values["sizes"] = () if values["n"] else SpeedSettings.sizes
-    for name in ("sizes", "n", "providers", "modes"):
-        values[name] = tuple(values[name])
-    return int(is_broken(run(SpeedSettings(**values), parsed.out)))
+    given = {name: value for name, value in _values(parsed).items() if value is not None}
+    chosen = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+    if "n" in chosen:
+        chosen.setdefault("sizes", ())
+    return int(is_broken(run(SpeedSettings(**given | chosen), parsed.out)))
 
 
 def _add_plot(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -161,7 +167,7 @@ def _add_plot(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         help="draw the rows that bench speed has left",
         description="Draw the latest rows of bench speed: 'speed', bars of every provider at every "
         "size; 'growth', time against N, for rows of --n at several N.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
     )
     add = parser.add_argument
     add("kind", choices=("speed", "growth"), metavar="KIND", help="speed or growth")

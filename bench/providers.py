@@ -124,8 +124,10 @@ def _on_sphere(
 def _pfml(cloud: Cloud, prune: bool, backend: str) -> nn.Module:
     size = cloud.size
     loss = PFMLLoss(size.classes, size.depth, size.proxies, prune=prune, backend=backend)
-    loss.proxies.data = cloud.proxies.clone()
-    return loss.to(cloud.points.device)
+    loss.to(cloud.points.device)
+    with torch.no_grad():
+        loss.proxies.copy_(cloud.proxies)
+    return loss
 
 
 def _compiled(cloud: Cloud) -> nn.Module:
