@@ -246,7 +246,8 @@ def obstacle(
     if provider.backend == "triton" and not on_gpu:
         return f"needs a GPU, and this is the {device.type}"
     if provider.requires is not None and find_spec(provider.requires) is None:
-        return f"needs {provider.requires}, which is not installed: pip install -e '.[dev]'"
+        extra = "keops" if provider.requires == "pykeops" else "dev"
+        return f"needs {provider.requires}, which is not installed: pip install -e '.[{extra}]'"
     auto = "triton" if on_gpu and find_spec("triton") is not None else "torch"
     twin = name.replace(f"-{auto}", "")
     if name != twin and twin in chosen:

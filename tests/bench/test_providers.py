@@ -75,7 +75,7 @@ def test_more_sizes_are_compiled_than_are_kept(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="KeOps compiles what it computes")
 @pytest.mark.parametrize("name", ["apart", "collapsed"])
 def test_keops_is_the_loss(name: str) -> None:
-    pytest.importorskip("pykeops", reason="pip install -e '.[dev]'")
+    pytest.importorskip("pykeops", reason="pip install -e '.[keops]'")
     assert max(errors_of("keops", SIZES[name], torch.float32)) < PROVIDERS["keops"].tolerance
 
 
@@ -146,7 +146,7 @@ def has_keops() -> bool:
 def test_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(providers, "find_spec", lambda name: None)
     assert obstacle_of("keops", SMALL) == (
-        "needs pykeops, which is not installed: pip install -e '.[dev]'"
+        "needs pykeops, which is not installed: pip install -e '.[keops]'"
     )
     # Without Triton, auto is the torch backend on a GPU.
     assert obstacle_of("pfml-torch", SMALL, device=GPU) == "is what pfml is on this device"
