@@ -9,12 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.chips import CHIPS
 from bench.settings import (
     DEVICES,
+    DTYPES,
     PROVIDERS,
     SIZES,
+    STEPS,
     PruningSettings,
     RetrievalSettings,
+    RooflineSettings,
 )
 
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
@@ -28,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
     _add_retrieval(commands)
     _add_pruning(commands)
+    _add_roofline(commands)
     _add_figure(commands)
     return parser
 
@@ -127,6 +132,41 @@ def _pruning(parsed: argparse.Namespace) -> None:
 
     chosen = {"sizes": tuple(parsed.sizes), "providers": tuple(parsed.providers)}
     run(PruningSettings(**_values(parsed) | chosen), parsed.out)
+
+
+def _add_roofline(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    default = RooflineSettings()
+    parser = commands.add_parser(
+        "roofline",
+        help="modelled time of a step on a GPU that is not here, from its machine code",
+        description="Model the time of one step, forward and backward, on GPUs that are not here: "
+        "compile what potential_energy launches, read the machine code, count the work of a real "
+        "cloud of points, and simulate the issue of the instructions. Says which unit limits each "
+        "kernel and how far the step is from the limits of the chip, and ends with the same model "
+        "of Triton's own tutorials beside their published speeds. Nothing is measured.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    chips = ", ".join(f"{arch} ({chip.name})" for arch, chip in CHIPS.items())
+    add("--arch", nargs="+", metavar="ARCH", default=list(default.archs), help=f"of {chips}")
+    add("--sizes", nargs="+", metavar="SIZE", default=list(default.sizes),
+        help=f"of {', '.join(STEPS)}; the last takes a minute to count")  # fmt: skip
+    add("--dtype", choices=DTYPES, default=default.dtype, help="of the points")
+    add("--seed", type=int, metavar="N", default=default.seed, help="of the points")
+    add("--explain", action="store_true", help="print how each time comes about")
+    add("--validate", action="store_true", help="print the validation and nothing else")
+    add("--out", type=Path, metavar="FOLDER", default=Path("runs"),
+        help="gets rows in roofline.jsonl and the picture roofline.png")  # fmt: skip
+    parser.set_defaults(command=_roofline)
+
+
+def _roofline(parsed: argparse.Namespace) -> None:
+    os.environ.pop("TRITON_INTERPRET", None)  # it is the machine code that counts
+    from bench.roofline import run
+
+    values = _values(parsed) | {"archs": tuple(parsed.arch), "sizes": tuple(parsed.sizes)}
+    del values["arch"]
+    run(RooflineSettings(**values), parsed.out)
 
 
 def _add_figure(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -126,7 +126,9 @@ def active_tiles(points: Tensor, labels: Tensor, potential: Potential) -> Tensor
     factor = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
     left, right = (side.to(factor) for side in lifted(sketch, error, potential.repulsion_radius))
     height, width = -(-n // TILE_M), -(-n // TILE_N)
-    left = torch.cat([left, left[-1:].expand(height * TILE_M - n, -1)])  # a row again changes nothing
+    left = torch.cat(
+        [left, left[-1:].expand(height * TILE_M - n, -1)]
+    )  # a row again changes nothing
     right = pad(right, (0, 0, 0, width * TILE_N - n))
     right[n:, -2] = -torch.inf  # where every left factor is 1
     near = []

@@ -64,7 +64,7 @@ def estimate(kernel: Kernel, chip: Chip, parts: Sequence[Part]) -> Estimate:
     resident = min(kernel.resident, math.ceil(kernel.programs / chip.multiprocessors))
     asked = sum(
         n * i.bytes for n, part in zip(times, parts, strict=True) for i in part.code
-        if i.unit == "global memory"
+        if i.unit == "L2"
     ) * kernel.warps  # fmt: skip
     moved = min(kernel.bytes, asked)  # some arrays are not looked at in full
     hbm = moved / chip.hbm_rate
@@ -94,7 +94,7 @@ def makespan(times: Iterable[float], slots: int) -> float:
     free = [0.0] * slots
     for time in times:
         heapq.heapreplace(free, free[0] + time)
-    return max(free)
+    return float(max(free))
 
 
 def us(seconds: float) -> str:

@@ -31,10 +31,9 @@ _CONTROL = (
     "NANOSLEEP", "YIELD", "LDC", "LDCU", "S2R", "S2UR", "CS2R", "R2UR", "DEPBAR", "UTCBAR",
     "UTCATOMSWS", "ACQBULK", "VOTEU", "PREEXIT",
 )  # fmt: skip
-UNITS = (
-    "tensor cores", "FP32", "integer", "special functions", "shared memory", "global memory",
-    "issue",
-)  # fmt: skip
+# The quarter of a multiprocessor that a scheduler has of each: tensor cores, lanes for FP32, for
+# integers and logic, for special functions, shared memory, the way to L2, and the scheduler itself.
+UNITS = ("tensor", "FP32", "integer", "SFU", "shared", "L2", "issue")
 
 
 @dataclass(frozen=True)
@@ -86,18 +85,18 @@ def decode(line: str) -> Instruction | None:
         reads = [r + i for r, n in zip(reads, (4, 2, 4), strict=False) for i in range(n)]
     unit, moved, operations = "integer", 0, 0
     if "MMA" in name:
-        unit, operations = "tensor cores", _operations(name, suffixes)
+        unit, operations = "tensor", _operations(name, suffixes)
         moved = _operand_bytes(suffixes, operands)
     elif name in _FP32 or name.startswith("IMAD"):
         unit = "FP32"
     elif name in _SPECIAL:
-        unit = "special functions"
+        unit = "SFU"
     elif name in _SHARED:
-        unit, moved = "shared memory", 32 * width
+        unit, moved = "shared", 32 * width
     elif name in _GLOBAL:
-        unit, moved = "global memory", 32 * width
+        unit, moved = "L2", 32 * width
     elif name in _BULK:
-        unit = "global memory"
+        unit = "L2"
     elif name in _CONTROL or name.startswith("U"):
         unit = ""
     text = line.split("*/", 1)[1].strip(" ;\t")

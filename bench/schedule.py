@@ -23,7 +23,7 @@ _LATENCY = {
 }  # fmt: skip
 _OTHER_LATENCY, _BARRIER, _ASYNCHRONOUS = 4, 20, 30
 _L1_PORT = 64  # bytes a clock that a multiprocessor takes from L2
-_QUEUES = ("special functions", "shared memory", "global memory")
+_QUEUES = ("SFU", "shared", "L2")
 _WARM, _TIMED = 3, 6  # repeats before the clock runs, and while it does
 _NUMBER = re.compile(r"0x([0-9a-f]+)")
 
@@ -31,7 +31,7 @@ _NUMBER = re.compile(r"0x([0-9a-f]+)")
 def busy(instruction: Instruction, chip: Chip) -> float:
     """Clocks that an instruction of one warp occupies its unit, a quarter of a multiprocessor's."""
     name, unit = instruction.name, instruction.unit
-    if unit == "tensor cores":
+    if unit == "tensor":
         rate = chip.operations / SCHEDULERS
         if not instruction.is_asynchronous:
             rate *= chip.mma_sync
@@ -46,11 +46,11 @@ def busy(instruction: Instruction, chip: Chip) -> float:
         return 32 * SCHEDULERS / lanes * (2 if name.endswith("2") and name[0] == "F" else 1)
     if unit == "integer":
         return 32 * SCHEDULERS / (16 if name.startswith("REDUX") else chip.integer_lanes)
-    if unit == "special functions":
+    if unit == "SFU":
         return 32 * SCHEDULERS / 16
-    if unit == "shared memory":
+    if unit == "shared":
         return instruction.bytes * SCHEDULERS / SHARED_RATE
-    if unit == "global memory":
+    if unit == "L2":
         l2 = chip.l2_clock / chip.multiprocessors
         return instruction.bytes * SCHEDULERS / min(_L1_PORT, l2)
     return 0.0
@@ -130,7 +130,7 @@ def _run(code: Sequence[Instruction], chip: Chip, setting: Setting, repeats: int
             free[instruction.unit] = start + cost
         if instruction.is_product:
             reads = instruction.bytes * SCHEDULERS / SHARED_RATE
-            free["shared memory"] = max(free["shared memory"], start) + reads
+            free["shared"] = max(free["shared"], start) + reads
         name = instruction.name
         if name == "BAR":
             warp.is_waiting, warp.time = True, now
@@ -161,7 +161,7 @@ def _run(code: Sequence[Instruction], chip: Chip, setting: Setting, repeats: int
             warp.bulk.append(start + cost + setting.latency)
         elif name == "LDGDEPBAR":
             warp.groups.append(warp.copies)
-        elif instruction.unit == "global memory" and instruction.writes:
+        elif instruction.unit == "L2" and instruction.writes:
             done = start + cost + setting.latency
         elif instruction.unit in _QUEUES:
             done = start + cost + _LATENCY.get(name, _OTHER_LATENCY)

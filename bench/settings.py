@@ -7,7 +7,14 @@ from dataclasses import dataclass
 DEVICES = ("auto", "cpu", "cuda")
 SIZES = ("small", "sop", "large", "worst")
 PROVIDERS = ("pfml", "pfml dense", "eager", "compile")
-MODELLED = ("sm_90", "sm_80")
+# What a step is made of, by the name of its size: samples, classes, proxies a class, depth.
+STEPS = {
+    "cub": (100, 100, 15, 512),
+    "cars": (100, 98, 15, 512),
+    "sop": (100, 11_318, 2, 512),
+    "vit-sop": (100, 11_318, 2, 384),
+    "faces-100k": (512, 100_000, 1, 512),
+}
 DTYPES = ("float32", "bfloat16")
 
 
@@ -78,20 +85,21 @@ class PruningSettings:
 
 
 @dataclass(frozen=True)
-class ModelSettings:
-    """Settings of one modelled step; the defaults are Stanford Online Products.
+class RooflineSettings:
+    """Settings of the modelled steps.
 
     Args:
-        arch: one of `MODELLED`.
+        archs: some of bench.chips.CHIPS.
+        sizes: some of `STEPS`.
         dtype: of the points, one of `DTYPES`.
-        classes, batch: of the cloud "sop", like `sop_classes` and `sop_batch` of `PruningSettings`.
-        depth: D of the points.
         seed: of the points.
+        explain: print how each time comes about.
+        validate: print the validation and nothing else.
     """
 
-    arch: str = "sm_90"
+    archs: tuple[str, ...] = ("sm_80", "sm_90")
+    sizes: tuple[str, ...] = tuple(STEPS)
     dtype: str = "float32"
-    classes: int = 11_318
-    batch: int = 100
-    depth: int = 512
     seed: int = 0
+    explain: bool = False
+    validate: bool = False
