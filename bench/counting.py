@@ -54,7 +54,7 @@ def record_step(
             energy = potential_energy(x, labels, backend="triton")
         with _Operations() as backward:
             energy.backward()
-    operations = {"torch forward": forward.moved, "torch backward": backward.moved}
+    operations = {"forward": forward.moved, "backward": backward.moved}
     return launches, operations
 
 

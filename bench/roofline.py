@@ -34,6 +34,7 @@ from bench.workloads import Kernel, name_of, parts_of, read
 from pfml_triton import Potential
 
 Row = dict[str, Any]
+_LEFT = ("kernel", "limit", "busiest")
 _ENDS = {"low": "low", "point": "seconds", "high": "high"}
 
 
@@ -206,7 +207,7 @@ class Step:
             for end, name in _ENDS.items()
         }
         for e in self.others:
-            step[f"{e.name.replace(' ', '_')}_us"] = 1e6 * e.seconds
+            step[f"{e.name}_us"] = 1e6 * e.seconds
         step |= {
             "active_tiles": len(self.work.row), "turns": int(self.work.turns.sum()),
             "nominated_pairs": self.work.pairs, "dense_operations": self.operations,
@@ -223,30 +224,42 @@ class Step:
         table = Table(
             title=f"Modelled microseconds of one step, {self.size}: N = {self.n:,}, "
             f"D = {self.depth}, {self.dtype}, {CHIPS[self.arch].name}",
-            caption="Modelled, not measured. Held: programs that a multiprocessor holds. MMA: "
-            "tensor-core instructions. Limit: the busiest unit, and for how much of the time.",
-            box=SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False,
+            caption="Modelled, not measured. Held: programs of a multiprocessor at a time. MMA: "
+            "tensor-core instructions. Busiest: the unit that is, and for how much of the time; "
+            "from half on it is the limit. Forward, backward: PyTorch's own operations.",
+            box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False,
         )  # fmt: skip
-        for name in ("kernel", "programs", "regs", "spills", "KiB", "held", "MMA", "limit"):
-            table.add_column(name, justify="left" if name in ("kernel", "limit") else "right")
+        for name in (
+            "kernel",
+            "programs",
+            "regs",
+            "spills",
+            "KiB",
+            "held",
+            "MMA",
+            "limit",
+            "busiest",
+        ):
+            table.add_column(name, justify="left" if name in _LEFT else "right", no_wrap=True)
         for name in _ENDS:
-            table.add_column(name, justify="right")
+            table.add_column(name, justify="right", no_wrap=True)
         for kernel, e in self.kernels:
             m = kernel.machine
             table.add_row(
                 e.name, f"{kernel.programs:,}", str(m.registers), str(len(m.spills_in_loops)),
                 f"{m.shared_bytes / 1024:.0f}", str(kernel.resident),
-                str(m.tensor_core_instructions), _limit(e), *_us_columns(e),
+                str(m.tensor_core_instructions), e.limit, f"{e.unit} {e.share:.0%}",
+                *_us_columns(e),
             )  # fmt: skip
-        empty = [""] * 6
-        ends = [f"{1e6 * self.seconds(name, kernels_only=True):,.1f}" for name in _ENDS.values()]
+        empty = [""] * 8
+        ends = [_us(self.seconds(name, kernels_only=True)) for name in _ENDS.values()]
         table.add_section()
-        table.add_row("[bold]kernels", *empty, "", *ends)
+        table.add_row("[bold]kernels", *empty, *ends)
         for e in self.others:
-            table.add_row(e.name, *empty, "", *_us_columns(e))
-        ends = [f"[bold]{1e6 * self.seconds(name):,.1f}" for name in _ENDS.values()]
+            table.add_row(e.name, *empty, *_us_columns(e))
+        ends = [f"[bold]{_us(self.seconds(name))}" for name in _ENDS.values()]
         table.add_section()
-        table.add_row("[bold]step", *empty, "", *ends)
+        table.add_row("[bold]step", *empty, *ends)
         yield table
         if explain:
             table = Table(title="Derivation, modelled", box=SIMPLE_HEAD, show_header=False)
@@ -277,7 +290,7 @@ def model_step(size: str, points: Tensor, labels: Tensor, work: Work, arch: str)
     estimates = [(k, estimate(k, chip, parts_of(k, work))) for k in kernels]
     gaps = LAUNCH_GAP * len(kernels)
     text = f"{len(kernels)} launches x {us(LAUNCH_GAP)}, assumed"
-    others = [Estimate("gaps", gaps, gaps, gaps, "launches", [text])]
+    others = [Estimate("launches", gaps, gaps, gaps, "launches", [text])]
     for name, moved in operations.items():
         seconds = sum(max(LAUNCH_GAP, size / chip.hbm_rate) for size in moved)
         text = (
@@ -306,9 +319,8 @@ def _times(e: Estimate) -> Row:
 
 
 def _us_columns(e: Estimate) -> list[str]:
-    return [f"{1e6 * getattr(e, name):,.1f}" for name in _ENDS.values()]
+    return [_us(getattr(e, name)) for name in _ENDS.values()]
 
 
-def _limit(e: Estimate) -> str:
-    busy = f"{e.unit} {e.share:.0%}"
-    return busy if e.limit == e.unit else f"latency, {busy}"
+def _us(seconds: float) -> str:
+    return f"{1e6 * seconds:,.{1 if seconds < 1e-4 else 0}f}"

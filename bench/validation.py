@@ -22,7 +22,7 @@ from rich.table import Table
 
 from bench import aot
 from bench.chips import CHIPS
-from bench.estimate import Estimate, estimate, some
+from bench.estimate import Estimate, estimate
 from bench.tutorials import _attention_kernel, _product_kernel
 from bench.workloads import Kernel, Part, product_loops, product_parts, read, sized
 
@@ -147,15 +147,23 @@ def validation_table(results: list[Validation]) -> Table:
     missed = [r.published.name for r in results if abs(r.error) >= GOAL]
     verdict = f"missed by {', '.join(missed)}" if missed else "kept by all"
     table = Table(
-        title="Triton's tutorials, TFLOP/s: published, and modelled from the machine code",
+        title="Triton's tutorials, TFLOP/s, published and modelled from the machine code",
         caption=f"Mean absolute error {mean:.0%}, largest {worst.error:+.0%}; the goal, below "
         f"{GOAL:.0%} each, is {verdict}. Modelled at the clock of the data sheet's peak: a chip "
         "that lowers its clock under load is slower.",
         box=SIMPLE_HEAD,
-        padding=(0, 2, 0, 0),
+        padding=(0, 1, 0, 0),
         pad_edge=False,
     )
-    for name in ("kernel", "chip", "best tiles", "published", "modelled", "error", "limit"):
+    for name in (
+        "kernel",
+        "chip",
+        "tiles, warps, stages",
+        "published",
+        "modelled",
+        "error",
+        "limit",
+    ):
         right = name in ("published", "modelled", "error")
         table.add_column(name, justify="right" if right else "left")
     for i, r in enumerate(results, 1):
@@ -164,7 +172,7 @@ def validation_table(results: list[Validation]) -> Table:
         span = f"{p.low:g}" if p.low == p.high else f"{p.low:g}-{p.high:g}"
         table.add_row(
             f"{p.name} [dim]({i})[/]", CHIPS[p.arch].name.split()[0],
-            f"{tiles}, {some(warps, 'warp')}, {some(stages, 'stage')}", span, f"{r.speed:.0f}",
+            f"{tiles}, {warps}, {stages}", span, f"{r.speed:.0f}",
             f"{r.error:+.0%}{' inside' if r.is_inside else ''}", r.best.limit,
         )  # fmt: skip
     return table

@@ -70,7 +70,7 @@ def read(launch: aot.Launch, arch: str, chip: Chip) -> Kernel:
     )
     return Kernel(
         name_of(launch), launch.grid, launch.args, compiled.metadata.num_stages, warps, machine,
-        Code(aot.listing(compiled)), resident,
+        aot.code(compiled), resident,
     )  # fmt: skip
 
 
