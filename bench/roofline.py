@@ -34,7 +34,8 @@ from bench.workloads import Kernel, name_of, parts_of, read
 from pfml_triton import Potential
 
 Row = dict[str, Any]
-_LEFT = ("kernel", "limit", "busiest")
+_FACTS = ("kernel", "programs", "regs", "spills", "KiB", "held", "MMA", "busiest")
+_LEFT = ("kernel", "busiest")
 _ENDS = {"low": "low", "point": "seconds", "high": "high"}
 
 
@@ -226,32 +227,19 @@ class Step:
             f"D = {self.depth}, {self.dtype}, {CHIPS[self.arch].name}",
             caption="Modelled, not measured. Held: programs of a multiprocessor at a time. MMA: "
             "tensor-core instructions. Busiest: the unit that is, and for how much of the time; "
-            "from half on it is the limit. Forward, backward: PyTorch's own operations.",
+            "below half, latency limits. Forward, backward: PyTorch's own operations.",
             box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False,
         )  # fmt: skip
-        for name in (
-            "kernel",
-            "programs",
-            "regs",
-            "spills",
-            "KiB",
-            "held",
-            "MMA",
-            "limit",
-            "busiest",
-        ):
+        for name in (*_FACTS, *_ENDS):
             table.add_column(name, justify="left" if name in _LEFT else "right", no_wrap=True)
-        for name in _ENDS:
-            table.add_column(name, justify="right", no_wrap=True)
         for kernel, e in self.kernels:
             m = kernel.machine
             table.add_row(
                 e.name, f"{kernel.programs:,}", str(m.registers), str(len(m.spills_in_loops)),
                 f"{m.shared_bytes / 1024:.0f}", str(kernel.resident),
-                str(m.tensor_core_instructions), e.limit, f"{e.unit} {e.share:.0%}",
-                *_us_columns(e),
+                str(m.tensor_core_instructions), f"{e.unit} {e.share:.0%}", *_us_columns(e),
             )  # fmt: skip
-        empty = [""] * 8
+        empty = [""] * (len(_FACTS) - 1)
         ends = [_us(self.seconds(name, kernels_only=True)) for name in _ENDS.values()]
         table.add_section()
         table.add_row("[bold]kernels", *empty, *ends)

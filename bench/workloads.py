@@ -140,8 +140,20 @@ def filter_blocks(kernel: Kernel) -> list[int]:
     return blocks
 
 
-def _largest(code: Code) -> Loop:
-    return max(code.root.inner, key=lambda loop: len(loop.lines))
+def _peeled(
+    kernel: Kernel, name: str, rounds: Times, entered: Times, operations: float
+) -> list[Part]:
+    """A kernel of one loop, each of whose `rounds` has so many `operations` of the tensor cores, if
+    any. The compiler may have taken the products of the first out of the loop."""
+    code = kernel.code
+    loop = max(code.root.inner, key=lambda inner: len(inner.lines))
+    inside, ahead = (
+        sum(i.is_product for i in code.own(part)) for part in (loop, code.root)
+    )  # fmt: skip
+    first = ahead / inside if inside else 0.0
+    parts = _around(kernel, entered), Part(name, code.own(loop), np.maximum(rounds - first, 0.0))
+    each = operations / inside if inside else 0.0
+    return [replace(part, code=sized(kernel, part.code, operations=each)) for part in parts]
 
 
 def _around(kernel: Kernel, times: Times = 1.0) -> Part:
@@ -158,23 +170,15 @@ def _streamed(kernel: Kernel, work: Work) -> list[Part]:
 
 
 def _pack(kernel: Kernel, work: Work) -> list[Part]:
-    a, loop = kernel.args, _largest(kernel.code)
-    rounds = math.ceil(a["depth"] / a["BLOCK_D"])
-    products = sum(i.is_product for i in kernel.code.own(loop))
-    each = 2 * a["BLOCK_M"] * a["BLOCK_D"] * a["K"] / max(products, 1)
-    return [
-        replace(part, code=sized(kernel, part.code, operations=each))
-        for part in (_around(kernel), Part("slice of the depth", kernel.code.own(loop), rounds))
-    ]
+    a = kernel.args
+    slices = math.ceil(a["depth"] / a["BLOCK_D"])
+    return _peeled(kernel, "slice", slices, 1.0, 2 * a["BLOCK_M"] * a["BLOCK_D"] * a["K"])
 
 
 def _filter(kernel: Kernel, work: Work) -> list[Part]:
-    a, loop = kernel.args, _largest(kernel.code)
-    blocks = np.array(filter_blocks(kernel), dtype=float)
-    products = sum(i.is_product for i in kernel.code.own(loop))
-    each = 2 * a["BLOCK_M"] * a["BLOCK_N"] * a["K"] / products
-    parts = [_around(kernel, np.minimum(blocks, 1)), Part("block", kernel.code.own(loop), blocks)]
-    return [replace(part, code=sized(kernel, part.code, operations=each)) for part in parts]
+    a, blocks = kernel.args, np.array(filter_blocks(kernel))
+    operations = 2 * a["BLOCK_M"] * a["BLOCK_N"] * a["K"]
+    return _peeled(kernel, "block", blocks, np.minimum(blocks, 1.0), operations)
 
 
 def _passes(kernel: Kernel, passes: int) -> list[Part]:

@@ -19,9 +19,13 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--help"], ["retrieval", "pruning", "figure"]),
+        (["--help"], ["retrieval", "pruning", "roofline", "figure"]),
         (["retrieval", "--help"], ["--epochs", "--device", "{auto,cpu,cuda}", "--out"]),
         (["pruning", "--help"], ["--sizes", "--slow", "{auto,cpu,cuda}", "--out"]),
+        (
+            ["roofline", "--help"],
+            ["--arch", "sm_100 (B200)", "faces-100k", "--explain", "--validate"],
+        ),
         (["figure", "--help"], ["--out"]),
     ],
 )
