@@ -22,8 +22,9 @@ _RESULT = re.compile(r"(?:!?U?P\w+, )?R(\d+)\b")
 # By unit. What a table does not name is integer or logic, or (uniform, control) takes no unit.
 _FP32 = ("FFMA", "FADD", "FMUL", "FFMA2", "FADD2", "FMUL2", "HFMA2", "HADD2", "HMUL2")
 _SPECIAL = ("MUFU", "F2F", "F2I", "I2F", "FRND")
-_SHARED = ("LDS", "STS", "LDSM", "STSM", "ATOMS", "SHFL", "LDL", "STL")
-_GLOBAL = ("LDG", "STG", "LDGSTS", "RED", "ATOMG", "LD", "ST")
+_SHARED = ("LDS", "STS", "LDSM", "STSM", "ATOMS", "SHFL")
+# Spills among them: how much of L1 is left for them is not known, so they are taken to miss it.
+_GLOBAL = ("LDL", "STL", "LDG", "STG", "LDGSTS", "RED", "ATOMG", "LD", "ST")
 _BULK = ("UTMALDG", "UTMASTG", "UBLKCP")  # by one thread for all; the size is in a descriptor
 _CONTROL = (
     "BRA", "BRX", "EXIT", "CALL", "RET", "BSSY", "BSYNC", "BREAK", "NOP", "WARPSYNC", "BAR",

@@ -19,7 +19,7 @@ from bench.machine import UNITS, Instruction
 
 # Clocks until a result can be used, from published microbenchmarks of A100 and H100, rounded.
 _LATENCY = {
-    "LDS": 23, "LDSM": 29, "LDL": 33, "SHFL": 23, "MUFU": 18, "HMMA": 18, "S2R": 20, "F2F": 18,
+    "LDS": 23, "LDSM": 29, "SHFL": 23, "MUFU": 18, "HMMA": 18, "S2R": 20, "F2F": 18,
 }  # fmt: skip
 _OTHER_LATENCY, _BARRIER, _ASYNCHRONOUS = 4, 20, 30
 _L1_PORT = 64  # bytes a clock that a multiprocessor takes from L2

@@ -86,11 +86,11 @@ def parts_of(kernel: Kernel, work: Work) -> list[Part]:
 
 
 def product_loops(code: Code) -> list[Loop]:
-    """The loops around the first tensor-core instruction that is in one, from the inner to the
+    """The innermost loop of tensor-core instructions and those around it, from the inner to the
     outer; none if there is none."""
     loops = [loop for loop in code.root.walk() if loop is not code.root]
-    first = next((x for x in loops if any(i.is_product for i in code.own(x))), None)
-    around = [loop for loop in loops if first is not None and first.lines <= loop.lines]
+    own = [loop for loop in loops if any(i.is_product for i in code.own(loop))]
+    around = [x for x in loops if own and min(own, key=lambda y: len(y.lines)).lines <= x.lines]
     return sorted(around, key=lambda loop: len(loop.lines))
 
 
@@ -221,8 +221,9 @@ def _force(kernel: Kernel, work: Work) -> list[Part]:
     tiles, turns = (np.bincount(program, weights, programs) for weights in (None, work.turns))
     works = (np.arange(programs) < tiles_x + used).astype(float)
     search = works * (np.arange(programs) >= tiles_x) * a["steps"]
+    peeled = kernel.warps * sum(i.operations for i in code.own(tile))
     product = product_parts(
-        kernel, nominate, 2 * a["BLOCK_M"] * a["BLOCK_N"] * a["coarse_depth"], tiles
+        kernel, nominate, 2 * a["BLOCK_M"] * a["BLOCK_N"] * a["coarse_depth"] - peeled, tiles
     )
     parts = [
         _around(kernel, works),

@@ -15,7 +15,7 @@ from bench.machine import Code, decode
         ("LDGSTS.E.BYPASS.128 [R37+0x800], desc[UR32][R26.64], !P3 ;", "L2", 512, 0),
         ("LDG.E.U8 R4, desc[UR4][R2.64] ;", "L2", 32, 0),
         ("LDSM.16.M88.4 R8, [R3] ;", "shared", 512, 0),
-        ("LDL.64 R8, [R1] ;", "shared", 256, 0),
+        ("LDL.64 R8, [R1] ;", "L2", 256, 0),
         ("MUFU.EX2 R8, R9 ;", "SFU", 0, 0),
         ("FFMA R8, R9, R10, R11 ;", "FP32", 0, 0),
         ("IMAD.MOV.U32 R8, RZ, RZ, R9 ;", "FP32", 0, 0),

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from bench import __main__ as command_line
-from bench import roofline, workloads
+from bench import counting, roofline, workloads
 from bench.chips import CHIPS
 from bench.counting import Work, count_work, record_step
 from bench.estimate import Estimate, makespan
@@ -20,6 +20,7 @@ from bench.roofline_plot import roofline_figure
 from bench.settings import STEPS, RooflineSettings
 from bench.validation import Published, Validation
 from pfml_triton import Potential
+from pfml_triton.kernels.config import tiles_for
 
 SMALL = {"cub": (20, 30, 3, 64), "sop": (10, 2100, 2, 64)}  # sop: enough for count, plan and join
 
@@ -28,6 +29,26 @@ def launches(arch: str, size: str = "cub") -> tuple[list[Any], Work]:
     with mock.patch.dict(STEPS, SMALL):
         points, labels = roofline.cloud(size, seed=0)
     return record_step(points, labels, arch)[0], count_work(points, labels, Potential())
+
+
+def force_of(arch: str, tiles: dict[str, int]) -> Any:
+    """The prediction of the forces of 512 dimensions with other tiles."""
+    with mock.patch.dict(STEPS, {"cub": (20, 300, 3, 512)}):
+        points, labels = roofline.cloud("cub", seed=0)
+    changed = replace(tiles_for(512, hopper=arch == "sm_90"), **tiles)
+    with mock.patch.object(counting, "tiles_for", return_value=changed):
+        made = record_step(points, labels, arch)[0]
+    work = count_work(points, labels, Potential())
+    return next(p for p in roofline.predict(made, arch, work) if p.name == "force")
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_no_spilling_configuration_comes_first(compiler: ProcessPoolExecutor, arch: str) -> None:
+    """Two programs of 4 warps fit a multiprocessor where one of 8 does, but they spill."""
+    shipped, spilling = compiler.map(force_of, [arch] * 2, [{}, {"num_warps": 4}])
+    assert (shipped.resident, spilling.resident) == (1, 2)
+    assert (shipped.spills_in_loops, spilling.spills_in_loops > 0) == (0, True)
+    assert spilling.seconds == spilling.high > 1.1 * shipped.seconds
 
 
 def predictions(arch: str, size: str, name: str = "", **options: int) -> list[Any]:
