@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.chips import CHIPS
 from bench.settings import (
     DEVICES,
     DTYPES,
@@ -18,8 +19,8 @@ from bench.settings import (
     SIZES,
     SPEED_DTYPES,
     HostSettings,
-    ModelSettings,
     RetrievalSettings,
+    RooflineSettings,
     SpeedSettings,
 )
 
@@ -43,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_speed(commands)
     _add_plot(commands)
     _add_host(commands)
-    _add_model(commands)
+    _add_roofline(commands)
     _add_figure(commands)
     return parser
 
@@ -209,34 +210,39 @@ def _host(parsed: argparse.Namespace) -> None:
     run(HostSettings(**_values(parsed)), parsed.out)
 
 
-def _add_model(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_roofline(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    default = RooflineSettings()
     parser = commands.add_parser(
-        "model",
-        help="modelled time of one step on a GPU, from its machine code; needs no GPU",
-        description="Model the time of one step, forward with gradient, on a GPU that is not "
-        "here: compile what potential_energy launches, count its instructions and the work of a "
-        "real cloud of points, and divide by the rates of the chip. Every line of the derivation "
-        "is printed; nothing is measured.",
+        "roofline",
+        help="modelled time of a step on a GPU that is not here, from its machine code",
+        description="Model the time of one step, forward and backward, on GPUs that are not here: "
+        "compile what PFMLLoss launches, read the machine code, count the work of a real cloud "
+        "of points, and simulate the issue of the instructions. Says which unit limits each "
+        "kernel and how far the step is from the limits of the chip, and ends with the same model "
+        "of Triton's own tutorials beside their published speeds. Nothing is measured.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    default = ModelSettings()
     add = parser.add_argument
-    add("--arch", choices=MODELLED, default=default.arch, help="H100 SXM5 or A100 SXM4 80 GB")
+    chips = ", ".join(f"{arch} ({chip.name})" for arch, chip in CHIPS.items())
+    add("--arch", nargs="+", metavar="ARCH", default=list(default.archs), help=f"of {chips}")
+    add("--sizes", nargs="+", metavar="SIZE", default=list(default.sizes),
+        help=f"of {', '.join(MODELLED)}; the last takes a minute to count")  # fmt: skip
     add("--dtype", choices=DTYPES, default=default.dtype, help="of the points")
-    add("--classes", type=int, metavar="C", default=default.classes, help="2 proxies of each")
-    add("--batch", type=int, metavar="B", default=default.batch, help="samples, 2 of a class")
-    add("--depth", type=int, metavar="D", default=default.depth, help="length of the points")
     add("--seed", type=int, metavar="N", default=default.seed, help="of the points")
+    add("--explain", action="store_true", help="print how each time comes about")
+    add("--validate", action="store_true", help="print the validation and nothing else")
     add("--out", type=Path, metavar="FOLDER", default=Path("runs"),
-        help="gets a row in model.jsonl")  # fmt: skip
-    parser.set_defaults(command=_model)
+        help="gets rows in roofline.jsonl and the picture roofline.png")  # fmt: skip
+    parser.set_defaults(command=_roofline)
 
 
-def _model(parsed: argparse.Namespace) -> None:
+def _roofline(parsed: argparse.Namespace) -> None:
     os.environ.pop("TRITON_INTERPRET", None)  # it is the machine code that counts
-    from bench.model import run
+    from bench.roofline import run
 
-    run(ModelSettings(**_values(parsed)), parsed.out)
+    values = _values(parsed) | {"archs": tuple(parsed.arch), "sizes": tuple(parsed.sizes)}
+    del values["arch"]
+    run(RooflineSettings(**values), parsed.out)
 
 
 def _add_figure(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -1,16 +1,13 @@
 """What one step consists of, counted without a GPU: launches, machine code, tiles and pairs.
 
-The launches are those of `potential_energy` on meta tensors, so it wants a process without
+The launches are those of `PFMLLoss` on meta tensors, so it wants a process without
 TRITON_INTERPRET. The active tiles are found by the kernels' own criterion (pfml_triton/sketch.py
 and kernels/plan.py), on the CPU.
 """
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -21,38 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench import aot
-from pfml_triton import Potential, potential_energy
+from bench.settings import Size
+from pfml_triton import PFMLLoss, Potential
 from pfml_triton.kernels import launch
 from pfml_triton.kernels.config import TILE_M, TILE_N, Tiles, tiles_for
 from pfml_triton.sketch import accumulation, lifted, random_basis
 
 _ROWS = 16 * TILE_M  # of a product that caches hold
 _CHUNK = 64  # tiles whose distances are computed together
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A launch with its machine code."""
-
-    name: str
-    grid: tuple[int, ...]
-    args: dict[str, Any]
-    stages: int
-    warps: int
-    code: aot.MachineCode
-    lines: list[str]  # the listing
-    loops: list[range]  # around the first tensor-core instruction, from the inner to the outer
-    resident: int  # programs that a multiprocessor holds
-
-    @property
-    def programs(self) -> int:
-        return math.prod(self.grid)
-
-    @property
-    def inner_loop(self) -> Counter[str]:
-        """The instructions of the innermost loop with tensor-core instructions, by name."""
-        names = (aot.opcode(self.lines[i]) for loop in self.loops[:1] for i in loop)
-        return Counter(name for name in names if name)
 
 
 class Work(NamedTuple):
@@ -65,25 +38,31 @@ class Work(NamedTuple):
 
 
 def record_step(
-    points: Tensor, labels: Tensor, arch: str
-) -> tuple[list[Kernel], dict[str, list[int]]]:
-    """The kernels of one step, compiled for `arch`, in the order of their launches; and PyTorch's
-    own operations in forward and in backward: the bytes that each reads and writes."""
-    x, labels = points.to("meta").requires_grad_(), labels.to("meta")
-    tiles = tiles_for(x.shape[1], hopper=arch == "sm_90")
-    random_basis(x.shape[1], x.device)  # which is made once
+    size: Size, arch: str, dtype: torch.dtype = torch.float32
+) -> tuple[list[aot.Launch], dict[str, list[int]]]:
+    """The launches of one step as they are for `arch`, in order; and PyTorch's own operations in
+    forward and in backward: the bytes that each reads and writes.
+
+    `dtype` is that of the embeddings. Gradients are written to leaves that have none.
+    """
+    loss = PFMLLoss(size.classes, size.depth, size.proxies, backend="triton").to("meta").eval()
+    x = torch.empty(size.batch, size.depth, dtype=dtype, device="meta", requires_grad=True)
+    labels = torch.empty(size.batch, dtype=torch.int64, device="meta")
+    tiles = tiles_for(size.depth, hopper=arch == "sm_90")
     with (
         mock.patch.object(launch, "obstacle", return_value=None),
         mock.patch.object(torch, "autocast", return_value=nullcontext()),  # not for meta
         mock.patch.object(launch, "_tiles_here", return_value=tiles),
         aot.record() as launches,
     ):
+        loss(x, labels)  # looks at the basis of the sketch, which is done once
+        launches.clear()
         with _Operations() as forward:
-            energy = potential_energy(x, labels, backend="triton")
+            energy = loss(x, labels)
         with _Operations() as backward:
             energy.backward()
-    operations = {"torch forward": forward.moved, "torch backward": backward.moved}
-    return [compiled_kernel(made, arch) for made in launches], operations
+    operations = {"forward": forward.moved, "backward": backward.moved}
+    return launches, operations
 
 
 class _Operations(TorchDispatchMode):
@@ -99,41 +78,6 @@ class _Operations(TorchDispatchMode):
         if tensors and not func.is_view and "empty" not in str(func):
             self.moved.append(sum(t.nbytes for t in tensors))
         return result
-
-
-def compiled_kernel(made: aot.Launch, arch: str) -> Kernel:
-    """Compile a launch for an NVIDIA chip and read it."""
-    compiled = made.compile(arch)
-    code, lines, warps = aot.inspect(compiled), aot.listing(compiled), compiled.metadata.num_warps
-    product = next((i for i, line in enumerate(lines) if "MMA" in aot.opcode(line)), -1)
-    # 64 Ki registers, dealt out by 8 a thread, and 1 KiB of shared memory besides a program's own.
-    resident = min(
-        (64 << 10) // (32 * warps * 8 * math.ceil(code.registers / 8)),
-        (aot.SHARED_MEMORY[arch] + 1024) // (code.shared_bytes + 1024),
-        64 // warps,
-    )
-    return Kernel(
-        made.kernel.__name__.removeprefix("_").removesuffix("_kernel"), made.grid, made.args,
-        compiled.metadata.num_stages, warps, code, lines,
-        sorted((loop for loop in aot.loops(lines) if product in loop), key=len), resident,
-    )  # fmt: skip
-
-
-def filter_blocks(kernel: Kernel) -> list[int]:
-    """How many blocks of columns each program of the filter does, in the order of launch."""
-    a, (width, height) = kernel.args, kernel.grid
-    strip, blocks = a["STRIP"], []
-    for y in range(height):
-        for x in range(width):
-            first = max(y * strip, x * a["BLOCK_M"] // a["BLOCK_N"] if a["MUTUAL"] else 0)
-            blocks.append(max(0, min((y + 1) * strip, a["blocks_y"]) - first))
-    return blocks
-
-
-def instructions_a_pair(kernel: Kernel) -> float:
-    """Thread instructions of the filter's inner loop for each pair of a block."""
-    pairs = kernel.args["BLOCK_M"] * kernel.args["BLOCK_N"]
-    return kernel.inner_loop.total() * 32 * kernel.warps / pairs
 
 
 def shared_out(work: Work, extra: int) -> tuple[Tensor, int]:
@@ -185,14 +129,19 @@ def active_tiles(points: Tensor, labels: Tensor, potential: Potential) -> Tensor
     coarse = points.bfloat16().float()
     error = 1.001 * (points - coarse).norm(dim=1) + accumulation(dim) * coarse.norm(dim=1)
     sketch = coarse @ random_basis(dim, points.device).float()
-    left, right = (side.float() for side in lifted(sketch, error, potential.repulsion_radius))
+    # Rounding the product to bfloat16 moves no sign (sketch.py), and is the faster where it can be.
+    factor = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+    left, right = (side.to(factor) for side in lifted(sketch, error, potential.repulsion_radius))
     height, width = -(-n // TILE_M), -(-n // TILE_N)
+    left = torch.cat(
+        [left, left[-1:].expand(height * TILE_M - n, -1)]
+    )  # a row again changes nothing
+    right = pad(right, (0, 0, 0, width * TILE_N - n))
+    right[n:, -2] = -torch.inf  # where every left factor is 1
     near = []
     for part in left.split(_ROWS):
-        tiles = -(-len(part) // TILE_M)
-        padding = (0, width * TILE_N - n, 0, tiles * TILE_M - len(part))
-        product = pad(part @ right.T, padding, value=-torch.inf)
-        near.append(product.view(tiles, TILE_M, width, TILE_N).amax((1, 3)) >= 0)
+        product = (part @ right.T).view(-1, TILE_M, width, TILE_N)
+        near.append(product.amax(3).amax(1) >= 0)
     last_x = labels[torch.arange(1, height + 1).mul(TILE_M).clamp(max=n) - 1]
     last_y = labels[torch.arange(1, width + 1).mul(TILE_N).clamp(max=n) - 1]
     shares_label = (labels[::TILE_M, None] <= last_y) & (labels[::TILE_N] <= last_x[:, None])

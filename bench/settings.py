@@ -12,7 +12,6 @@ PROVIDERS = (
 )  # fmt: skip
 MODES = ("forward", "forward+backward")
 SPEED_DTYPES = ("float32", "bfloat16", "float16")
-MODELLED = ("sm_90", "sm_80")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -89,6 +88,9 @@ SIZES = {
 }
 
 
+MODELLED = tuple(name for name, size in SIZES.items() if size.kind == "apart")
+
+
 @dataclass(frozen=True)
 class SpeedSettings:
     """Settings of one comparison of providers; the defaults are sized for two CPU cores.
@@ -137,20 +139,21 @@ class HostSettings:
 
 
 @dataclass(frozen=True)
-class ModelSettings:
-    """Settings of one modelled step; the defaults are Stanford Online Products.
+class RooflineSettings:
+    """Settings of the modelled steps.
 
     Args:
-        arch: one of `MODELLED`.
-        dtype: of the points, one of `DTYPES`.
-        classes, batch: C and B of a `Size` with 2 proxies a class.
-        depth: D of the points.
+        archs: some of bench.chips.CHIPS.
+        sizes: some of `MODELLED`, by name.
+        dtype: of the embeddings, one of `DTYPES`; proxies are float32.
         seed: of the points.
+        explain: print how each time comes about.
+        validate: print the validation and nothing else.
     """
 
-    arch: str = "sm_90"
+    archs: tuple[str, ...] = ("sm_80", "sm_90")
+    sizes: tuple[str, ...] = MODELLED
     dtype: str = "float32"
-    classes: int = 11_318
-    batch: int = 100
-    depth: int = 512
     seed: int = 0
+    explain: bool = False
+    validate: bool = False

@@ -253,7 +253,7 @@ def total(
             totals if before is None else before, value, totals,
             len(acted_on), len(acting), terms.active.shape[0], terms.tiles, *constants,
             MUTUAL=acting is acted_on, AFTER=before is not None, MEAN=mean,
-            BLOCK=2048, num_warps=16, **FUSED,
+            BLOCK=1024, num_warps=8, **FUSED,
         )  # fmt: skip
     return value, totals
 

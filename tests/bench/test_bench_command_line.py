@@ -19,10 +19,14 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--help"], ["retrieval", "speed", "plot", "figure"]),
+        (["--help"], ["retrieval", "speed", "plot", "host", "roofline", "figure"]),
         (["retrieval", "--help"], ["--epochs", "--device", "{auto,cpu,cuda}", "--out"]),
         (["speed", "--help"], ["--sizes", "faces-100k", "100,512", "--slow", "{auto,cpu,cuda}"]),
         (["plot", "--help"], ["growth", "--rows", "--out"]),
+        (
+            ["roofline", "--help"],
+            ["--arch", "sm_100 (B200)", "faces-100k", "--explain", "--validate"],
+        ),
         (["figure", "--help"], ["--out"]),
     ],
 )
