@@ -205,7 +205,7 @@ class Step:
     def tables(self, *, explain: bool) -> Iterator[Table]:
         """The times of the kernels and of the step, and how they come about."""
         table = Table(
-            title=f"Modelled microseconds of one step, {self.size}: N = {self.n:,}, "
+            title=f"Modelled us of one step, {self.size}: N = {self.n:,}, "
             f"D = {self.depth}, {self.dtype}, {CHIPS[self.arch].name}",
             caption="Modelled, not measured. Held: programs of a multiprocessor at a time. MMA: "
             "tensor-core instructions. Busiest: the unit that is, and for how much of the time; "

@@ -211,7 +211,7 @@ def test_run_prints_and_appends(compiler: ProcessPoolExecutor, tmp_path: Path) -
     assert step["dense_tflops"] == pytest.approx(4e-6 * 110**2 * 64 / step["us_point"])
     assert (validation["tflops"], validation["error"]) == pytest.approx((290, 0.16))
     printed = (tmp_path / "printed").read_text()
-    for words in ("Modelled microseconds of one step, cub", "Derivation, modelled", "busy:",
+    for words in ("Modelled us of one step, cub", "Derivation, modelled", "busy:",
                   "+16%", "(1) a page", "kept by all"):  # fmt: skip
         assert words in printed
     assert "measured" not in printed.replace("Modelled, not measured", "")
