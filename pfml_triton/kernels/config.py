@@ -14,6 +14,8 @@ from dataclasses import dataclass
 FUSED = {"enable_fp_fusion": True}  # stated, for its default differs between Tritons
 # Fixed by the bits of filter.py: an active tile, and the rows of a block of the filter.
 TILE_M, TILE_N, FILTER_M = 16, 64, 128
+FEW = 4096  # points: tiles of them are fewer than two or three programs a multiprocessor
+MANY = 1 << 20  # points, where their number is not known
 MAX_SLICES = 4  # of 128; with eight the gradients no longer fit the registers of sm_80
 
 
@@ -35,7 +37,8 @@ class Tiles:
     filter_n: int
     filter_warps: int
     filter_stages: int
-    filter_strip: int = 8  # blocks that one program of the filter walks
+    filter_strip: int  # blocks that one program of the filter walks
+    pack_warps: int = 8
     chunk: int = 512  # tiles of a list that a program looks at together
     long_list: int = 64  # lists that cannot be longer are not shared out
     least_budget: int = 16  # tiles of a list that one program always takes
@@ -51,8 +54,15 @@ class Tiles:
         return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
 
 
-def tiles_for(depth: int, *, hip: bool = False, hopper: bool = False) -> Tiles:
-    """The tile shapes for points of `depth` dimensions.
+def padded_depth(depth: int) -> int:
+    """`depth` as the table pads it where one program holds all of it."""
+    if depth <= 128:
+        return max(16, 1 << (depth - 1).bit_length())
+    return -(-depth // 128) * 128
+
+
+def tiles_for(depth: int, points: int = MANY, *, hip: bool = False, hopper: bool = False) -> Tiles:
+    """The tile shapes for `points` points, that are acted on, of `depth` dimensions.
 
     The depth is padded to the next power of two up to 128, and from there to whole slices of 128,
     so that 384 costs three quarters of 512. Beyond 512 the slices are shared out evenly over
@@ -66,21 +76,19 @@ def tiles_for(depth: int, *, hip: bool = False, hopper: bool = False) -> Tiles:
     128 rows in turn. Two programs share a multiprocessor, so that one multiplies while the other
     takes maxima.
     """
-    if depth <= 128:
-        block_d = max(16, 1 << (depth - 1).bit_length())
-        block_k, slices = min(block_d, 64), 1
-    else:
-        needed = -(-depth // 128)
-        programs = -(-needed // MAX_SLICES)
-        block_d, block_k, slices = 128, 128, -(-needed // programs)
+    padded = padded_depth(depth)
+    block_d = min(padded, 128)
+    slices = padded // block_d
+    programs = -(-slices // MAX_SLICES)
     return Tiles(
-        block_k=block_k,
+        block_k=min(block_d, 64) if depth <= 128 else 128,
         block_d=block_d,
-        slices=slices,
+        slices=-(-slices // programs),
         num_warps=4 if hip else 8,
         num_stages=3,
         max_registers=None if hip else 128 if block_d <= 64 else 255,
         filter_n=256 if hopper else 128,
         filter_warps=4,
         filter_stages=2 if hopper else 3,
+        filter_strip=1 if points <= FEW else 4,
     )

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from ..potential import FieldTerms, Potential
 from ..sketch import LIFT, REACH, SLACK, accumulation, sketch_depth
-from .config import FILTER_M, FUSED, TILE_M, TILE_N, Tiles, tiles_for
+from .config import FILTER_M, FUSED, TILE_M, TILE_N, Tiles
 from .filter import _filter_kernel
 from .forces import _force_kernel
 from .pack import _pack_kernel
 from .plan import _count_kernel, _join_kernel, _plan_kernel
+from .tuning import tiles_here as _tiles_here
 
 INTERPRETED = not isinstance(_force_kernel, triton.JITFunction)
 
@@ -89,7 +90,7 @@ def pack(x: Tensor, labels: Tensor, tiles: Tiles, delta_rep: float, basis: Tenso
         points.stride(0), n, dim, depth,
         REACH * delta_rep, accumulation(dim), SLACK,
         SKETCHED=basis is not None, WIDTH=width, K=k,
-        BLOCK_M=TILE_N, BLOCK_D=tiles.block_d, num_warps=8, **FUSED,
+        BLOCK_M=TILE_N, BLOCK_D=tiles.block_d, num_warps=tiles.pack_warps, **FUSED,
     )  # fmt: skip
     return Cloud(
         points, order, sorted_labels, coarse, sq_norm, radius, first_label, last_label, left, right
@@ -131,7 +132,7 @@ def field_terms(
         x_labels, y_labels: classes [N] and [M], int64.
         needs_grad: whether the gradient is wanted.
         basis: Q of the sketch that filters tiles; None takes all of them.
-        tiles: tile shapes; None takes them from the table.
+        tiles: tile shapes; None takes them from the tuning file or the table (tuning.py).
 
     The energy and the gradient are float32 (float64 for float64 points, under the interpreter).
     """
@@ -144,7 +145,7 @@ def field_terms(
         return FieldTerms(
             x.new_zeros(n, dtype=real), nothing, nothing, still, alone, x.new_ones((), dtype=real)
         )
-    tiles = tiles or _tiles_here(x)
+    tiles = tiles or _tiles_here(x, x_labels, y, y_labels, potential, basis)
     tiles_x, tiles_y = triton.cdiv(n, TILE_M), triton.cdiv(len(y), TILE_N)
     extra = tiles.extra_programs if tiles_y > tiles.long_list else 0
     out_rows = n + extra * TILE_M
@@ -203,9 +204,3 @@ def field_terms(
         nearest[:n],
         active.sum(dtype=real) / (tiles_x * tiles_y),
     )
-
-
-def _tiles_here(x: Tensor) -> Tiles:
-    hip = torch.version.hip is not None
-    hopper = x.is_cuda and not hip and torch.cuda.get_device_capability(x.device)[0] == 9
-    return tiles_for(x.shape[1], hip=hip, hopper=hopper)
