@@ -11,11 +11,8 @@ from typing import Any
 
 from bench.settings import (
     DEVICES,
-    DTYPES,
-    MODELLED,
     PROVIDERS,
     SIZES,
-    ModelSettings,
     PruningSettings,
     RetrievalSettings,
 )
@@ -31,7 +28,6 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
     _add_retrieval(commands)
     _add_pruning(commands)
-    _add_model(commands)
     _add_figure(commands)
     return parser
 
@@ -131,36 +127,6 @@ def _pruning(parsed: argparse.Namespace) -> None:
 
     chosen = {"sizes": tuple(parsed.sizes), "providers": tuple(parsed.providers)}
     run(PruningSettings(**_values(parsed) | chosen), parsed.out)
-
-
-def _add_model(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "model",
-        help="modelled time of one step on a GPU, from its machine code; needs no GPU",
-        description="Model the time of one step, forward with gradient, on a GPU that is not "
-        "here: compile what potential_energy launches, count its instructions and the work of a "
-        "real cloud of points, and divide by the rates of the chip. Every line of the derivation "
-        "is printed; nothing is measured.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    default = ModelSettings()
-    add = parser.add_argument
-    add("--arch", choices=MODELLED, default=default.arch, help="H100 SXM5 or A100 SXM4 80 GB")
-    add("--dtype", choices=DTYPES, default=default.dtype, help="of the points")
-    add("--classes", type=int, metavar="C", default=default.classes, help="2 proxies of each")
-    add("--batch", type=int, metavar="B", default=default.batch, help="samples, 2 of a class")
-    add("--depth", type=int, metavar="D", default=default.depth, help="length of the points")
-    add("--seed", type=int, metavar="N", default=default.seed, help="of the points")
-    add("--out", type=Path, metavar="FOLDER", default=Path("runs"),
-        help="gets a row in model.jsonl")  # fmt: skip
-    parser.set_defaults(command=_model)
-
-
-def _model(parsed: argparse.Namespace) -> None:
-    os.environ.pop("TRITON_INTERPRET", None)  # it is the machine code that counts
-    from bench.model import run
-
-    run(ModelSettings(**_values(parsed)), parsed.out)
 
 
 def _add_figure(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

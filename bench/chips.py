@@ -1,41 +1,41 @@
-"""The rates of the chips whose time is modelled, and what is assumed of them.
-
-Rates are ranges: of what a data sheet or a published microbenchmark gives, the more and the less.
-"""
+"""The chips whose time is modelled: rates, sizes and latencies."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
-from bench.aot import Waits
-
-Ends = NDArray[np.float64]  # [2], the lower and the upper end of a range of times
-
-# Assumed, seconds: about what microbenchmarks publish for an idle chip, and twice that.
-L2_LATENCY, HBM_LATENCY = np.array([0.15e-6, 0.3e-6]), np.array([0.3e-6, 0.6e-6])
-LAUNCH_GAP = 1e-6
-HBM_REACHED = np.array([1.0, 0.9])  # of the data sheet's bandwidth
-L2_PEAK = 5120  # bytes a clock: A100 white paper; none is published for H100
-SCHEDULERS = 4  # of a multiprocessor: each issues an instruction of a warp a clock
-# 64 results a clock and multiprocessor: comparisons, min and max, integer sums, logic, shifts (CUDA
-# programming guide, throughput of arithmetic instructions, compute capabilities 8.0 and 9.0).
-ALU_RESULTS = 64
-ALU = ("FMNMX", "FSETP", "SEL", "IADD3", "LOP3", "SHF", "ISETP", "PLOP3", "LEA", "PRMT")
+SCHEDULERS = 4  # of a multiprocessor: each issues an instruction of one of its warps a clock
+SHARED_RATE = 128  # bytes a clock and multiprocessor
+LAUNCH_GAP = 1e-6  # seconds, assumed
+REGISTERS = 64 << 10  # of a multiprocessor
 
 
 @dataclass(frozen=True)
 class Chip:
-    """Rates from NVIDIA's data sheets; `l2_read` from published microbenchmarks."""
+    """An NVIDIA chip. Lanes are results a clock and multiprocessor.
+
+    Args:
+        clock: Hz, the one that the peak rate is stated for.
+        operations: of the tensor cores in bfloat16 with float32 sums, dense, a clock and
+            multiprocessor; TF32 is half of it, 8-bit types twice.
+        mma_sync: what mma.sync reaches of that; the rest is for wgmma and tcgen05 only.
+        hbm_rate, l2_rate: bytes/s.
+        l2_latency, hbm_latency: seconds, idle.
+    """
 
     name: str
     multiprocessors: int
-    clock: float  # Hz, the one that the peak rate is stated for
-    operations: int  # dense bfloat16, of a multiprocessor a clock; TF32 is half of it
-    hbm_rate: float  # bytes/s
-    l2_read: float  # bytes/s
+    clock: float
+    operations: int
+    mma_sync: float
+    fp32_lanes: int
+    integer_lanes: int
+    warps: int  # that a multiprocessor holds
+    hbm_rate: float
+    l2_rate: float
+    l2_bytes: int
+    l2_latency: float
+    hbm_latency: float
 
     @property
     def cycles(self) -> float:
@@ -43,19 +43,29 @@ class Chip:
         return self.multiprocessors * self.clock
 
     @property
-    def hbm(self) -> Ends:
-        return self.hbm_rate * HBM_REACHED
-
-    @property
-    def l2(self) -> Ends:
-        return np.array([L2_PEAK * self.clock, self.l2_read])
-
-    def seconds(self, waits: Waits, far: Ends = HBM_LATENCY) -> Ends:
-        """What a critical path takes, where loads of points have the latency `far`."""
-        return waits.clocks / self.clock + waits.near * L2_LATENCY + waits.far * far
+    def peak(self) -> float:
+        """Dense bfloat16 operations a second."""
+        return self.cycles * self.operations
 
 
 CHIPS = {
-    "sm_90": Chip("H100 SXM5", 132, 1.83e9, 4096, 3.35e12, 5.5e12),  # 989 TFLOP/s
-    "sm_80": Chip("A100 SXM4 80 GB", 108, 1.41e9, 2048, 2.04e12, 4.0e12),  # 312 TFLOP/s
-}
+    "sm_80": Chip(
+        "A100 SXM4 80 GB", 108, 1.41e9, 2048, 1.0, 64, 64, 64,
+        2.04e12, 5.5e12, 40 << 20, 200e-9, 400e-9,
+    ),
+    "sm_86": Chip(
+        "A40", 84, 1.74e9, 1024, 1.0, 128, 64, 48, 696e9, 3e12, 6 << 20, 200e-9, 400e-9
+    ),
+    "sm_89": Chip(
+        "L40S", 142, 2.52e9, 1024, 1.0, 128, 64, 48, 864e9, 4.5e12, 96 << 20, 200e-9, 400e-9
+    ),
+    "sm_90": Chip(
+        "H100 SXM5", 132, 1.83e9, 4096, 0.63, 128, 64, 64, 3.35e12, 5.5e12, 50 << 20, 200e-9, 450e-9
+    ),
+    "sm_100": Chip(
+        "B200", 148, 1.85e9, 8192, 0.25, 128, 64, 64, 8e12, 9e12, 126 << 20, 200e-9, 450e-9
+    ),
+    "sm_120": Chip(
+        "RTX 5090", 170, 2.41e9, 512, 1.0, 128, 128, 48, 1.79e12, 6e12, 96 << 20, 200e-9, 400e-9
+    ),
+}  # fmt: skip
