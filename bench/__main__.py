@@ -11,10 +11,12 @@ from typing import Any
 
 from bench.settings import (
     DEVICES,
+    MODES,
     PROVIDERS,
     SIZES,
-    PruningSettings,
+    SPEED_DTYPES,
     RetrievalSettings,
+    SpeedSettings,
 )
 
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
@@ -27,16 +29,19 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
     _add_retrieval(commands)
-    _add_pruning(commands)
+    _add_speed(commands)
     _add_figure(commands)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand and return the exit status: 0, 2 for a wrong value, 130 after Ctrl-C."""
+    """Run a subcommand and return the exit status.
+
+    0, 1 for a result that is wrong, 2 for a wrong value, 130 after Ctrl-C.
+    """
     parsed = build_parser().parse_args(arguments)
     try:
-        parsed.command(parsed)
+        return parsed.command(parsed) or 0
     except KeyboardInterrupt:
         print("\nInterrupted. What had been written is kept.", file=sys.stderr)
         return INTERRUPTED
@@ -50,7 +55,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    return 0
 
 
 def _add_retrieval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -94,39 +98,54 @@ def _retrieval(parsed: argparse.Namespace) -> None:
     run(RetrievalSettings(**_values(parsed)), parsed.out)
 
 
-def _add_pruning(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_speed(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
-        "pruning",
-        help="time and memory with pruning and without (nine minutes of an idle machine)",
-        description="Measure forward and backward of the energy with pruning, without it, and as "
-        "plain PyTorch writes it (eager and torch.compile): time, peak memory and operations, on "
-        "clouds of well-separated classes and on those where nothing can be pruned. Checks that "
-        "all gradients agree before it takes a time.",
+        "speed",
+        help="this loss beside the others: time, memory, operations (ten minutes)",
+        description="Call losses as their users do, at sizes of data sets, and measure time, peak "
+        "memory and operations: this loss with pruning and without, the same energy in plain "
+        "PyTorch, under torch.compile and in KeOps, and losses of pytorch-metric-learning. "
+        "Whatever computes this loss is checked against the reference before a time is taken. "
+        "What cannot run is a row that says why. Exit status 1 if a result was wrong.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    default = PruningSettings()
+    default = SpeedSettings()
     add = parser.add_argument
-    add("--sizes", nargs="+", choices=SIZES, default=list(default.sizes),
-        help="clouds: N = 8,000; 22,736, a batch and proxies as on SOP; 100,000; and 8,000 where "
-        "every pair acts")  # fmt: skip
-    add("--providers", nargs="+", choices=PROVIDERS, default=list(default.providers),
-        help="what is measured")  # fmt: skip
-    add("--repeats", type=int, metavar="N", default=default.repeats, help="timed calls of each")
-    add("--depth", type=int, metavar="D", default=default.depth, help="length of the points")
+    sizes = ", ".join(f"{name} {size.n:,}" for name, size in SIZES.items())
+    add("--sizes", nargs="+", choices=SIZES, metavar="SIZE",
+        help=f"which clouds, with their N: {sizes}; in the last two every pair acts. All if "
+        "neither --sizes nor --n is given")  # fmt: skip
+    add("--n", nargs="+", type=int, metavar="N", default=[],
+        help="clouds of as many points, well apart: 100 samples, the rest proxies")  # fmt: skip
+    add("--d", type=int, metavar="D", default=default.d, help="length of the points of --n")
+    add("--classes", type=int, metavar="C",
+        help="classes of --n; if not given, as many as make 4 proxies of each")  # fmt: skip
+    add("--providers", nargs="+", choices=PROVIDERS, metavar="PROVIDER",
+        default=list(default.providers), help="what is measured")  # fmt: skip
+    add("--mode", dest="modes", nargs="+", choices=MODES, default=list(default.modes),
+        help="without gradients, or with")  # fmt: skip
+    add("--dtype", choices=SPEED_DTYPES, default=default.dtype,
+        help="of the embeddings; proxies are float32")  # fmt: skip
+    add("--repeats", type=int, metavar="N", default=default.repeats,
+        help="timed calls of each, in turn; quick ones get up to 100")  # fmt: skip
     add("--seed", type=int, metavar="N", default=default.seed, help="of the points")
     add("--device", choices=DEVICES, default=default.device, help="auto: a GPU if there is one")
-    add("--slow", action="store_true", help="also what takes minutes: large without pruning")
+    add("--slow", action="store_true", help="also what takes more than 10 seconds a call")
     add("--threads", type=int, metavar="N", help="CPU threads; PyTorch's own choice if not given")
     add("--out", type=Path, metavar="FOLDER", default=Path("runs"),
-        help="gets a row in pruning.jsonl for each cloud and provider")  # fmt: skip
-    parser.set_defaults(command=_pruning)
+        help="gets a row in speed.jsonl for each size, provider and mode")  # fmt: skip
+    parser.set_defaults(command=_speed)
 
 
-def _pruning(parsed: argparse.Namespace) -> None:
-    from bench.pruning import run
+def _speed(parsed: argparse.Namespace) -> int:
+    from bench.speed import is_broken, run
 
-    chosen = {"sizes": tuple(parsed.sizes), "providers": tuple(parsed.providers)}
-    run(PruningSettings(**_values(parsed) | chosen), parsed.out)
+    values = _values(parsed)
+    if values["sizes"] is None:
+        values["sizes"] = () if values["n"] else SpeedSettings.sizes
+    for name in ("sizes", "n", "providers", "modes"):
+        values[name] = tuple(values[name])
+    return int(is_broken(run(SpeedSettings(**values), parsed.out)))
 
 
 def _add_figure(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

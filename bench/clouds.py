@@ -1,54 +1,74 @@
-"""Clouds of points to measure the energy on: trained-like ones, and those where every pair acts."""
+"""Clouds of points to measure the loss on: trained-like ones, and those where every pair acts."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench.settings import PruningSettings
+from bench.settings import KINDS, Size
 
-CLASS_SIZE = 4
 OWN_DISTANCES = (0.35, 0.6)  # between points of a class: outside delta, so that they attract
 COLLAPSED_DISTANCE = 0.1
-WORST_CLOUDS = ("one class", "collapsed")
 
 
-def make_cloud(name: str, settings: PruningSettings) -> tuple[Tensor, Tensor]:
-    """Unit-length points [N, D] float32 and their labels [N], fixed by the seed.
+class Cloud(NamedTuple):
+    """A batch, and then the proxies as `PFMLLoss` orders them."""
 
-    Args:
-        name: "small" and "large" are classes of 4 around random centres, in random order: points
-            of a class 0.35 to 0.6 apart, two classes about sqrt(2). "sop" is the same with a
-            batch, then 2 proxies of every class, as `PFMLLoss` orders them. "one class" is spread
-            over the sphere, so that all pairs attract; "collapsed" is classes of 4 within delta of
-            each other, so that all repel.
-        settings: N, D and the seed.
+    points: Tensor  # [N, D] float32, of unit length
+    labels: Tensor  # [N] int64
+    size: Size
+
+    @property
+    def embeddings(self) -> Tensor:  # [B, D]
+        return self.points[: self.size.batch]
+
+    @property
+    def batch_labels(self) -> Tensor:  # [B]
+        return self.labels[: self.size.batch]
+
+    @property
+    def proxies(self) -> Tensor:  # [C, M, D]
+        shape = self.size.classes, self.size.proxies, self.size.depth
+        return self.points[self.size.batch :].view(shape)
+
+    def to(self, device: torch.device) -> Cloud:
+        return Cloud(self.points.to(device), self.labels.to(device), self.size)
+
+
+def make_cloud(size: Size, seed: int) -> Cloud:
+    """The cloud of a size, on the CPU, fixed by the seed.
+
+    Of the kind "apart", classes lie around random centres: points of a class 0.35 to 0.6 apart, two
+    classes about sqrt(2). "one-class" is spread over the sphere, so that all pairs attract;
+    "collapsed" is all classes within delta of each other, so that all repel. The batch has 2
+    samples of a class, of classes drawn at random, or more where these would not fill it.
+
+    Raises:
+        ValueError: an unknown kind, or "one-class" with several.
     """
-    generator = torch.Generator().manual_seed(settings.seed)
+    if size.kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {size.kind!r}")
+    if size.kind == "one-class" and size.classes != 1:
+        raise ValueError(f"a cloud of one class has classes = 1, got {size.classes}")
+    generator = torch.Generator().manual_seed(seed)
 
     def directions(n: int) -> Tensor:
-        return functional.normalize(torch.randn(n, settings.depth, generator=generator), dim=1)
+        return functional.normalize(torch.randn(n, size.depth, generator=generator), dim=1)
 
-    def around(centres: Tensor, distances: Tensor) -> Tensor:
-        """Points [N, D]: two that share their centre are about `distances` [N] apart."""
-        spread = distances / (2 - distances.square()).sqrt()
-        return functional.normalize(centres + spread[:, None] * directions(len(centres)), dim=1)
-
-    if name == "one class":
-        n = settings.worst_points
-        return directions(n), torch.zeros(n, dtype=torch.int64)
-    if name == "collapsed":
-        labels = torch.arange(settings.worst_points) // CLASS_SIZE
-        centres = directions(1).expand(len(labels), -1)
-        return around(centres, torch.full((len(labels),), COLLAPSED_DISTANCE)), labels
-    if name == "sop":
-        proxies = torch.arange(settings.sop_classes).repeat_interleave(2)
-        drawn = torch.randperm(settings.sop_classes, generator=generator)
-        labels = torch.cat([drawn[: settings.sop_batch // 2].repeat_interleave(2), proxies])
+    drawn = torch.randperm(size.classes, generator=generator)
+    batch = drawn.repeat_interleave(size.samples_per_class)[: size.batch]
+    labels = torch.cat([batch, torch.arange(size.classes).repeat_interleave(size.proxies)])
+    if size.kind == "one-class":
+        return Cloud(directions(size.n), labels, size)
+    if size.kind == "collapsed":
+        centres = directions(1).expand(size.n, -1)
+        distances = torch.full((size.n,), COLLAPSED_DISTANCE)
     else:
-        n = settings.small_points if name == "small" else settings.large_points
-        labels = torch.randperm(n, generator=generator) // CLASS_SIZE
-    classes = int(labels.max()) + 1
-    distances = torch.empty(classes).uniform_(*OWN_DISTANCES, generator=generator)
-    return around(directions(classes)[labels], distances[labels]), labels
+        distances = torch.empty(size.classes).uniform_(*OWN_DISTANCES, generator=generator)
+        distances, centres = distances[labels], directions(size.classes)[labels]
+    spread = distances / (2 - distances.square()).sqrt()  # two that share their centre
+    points = functional.normalize(centres + spread[:, None] * directions(size.n), dim=1)
+    return Cloud(points, labels, size)

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+import pfml_triton
+
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
     """Append one flat row to a JSON-lines file, creating it and its folder where missing."""
@@ -28,6 +30,11 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
+        "pfml_triton": pfml_triton.__version__,
+        "pytorch_metric_learning": _version("pytorch-metric-learning"),
+        "pykeops": _version("pykeops"),
+        "cpu": _cpu_name(),
+        "driver": _driver() if device.type == "cuda" else None,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
     }
@@ -38,6 +45,28 @@ def _version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _cpu_name() -> str:
+    """The processor, as Linux names it; elsewhere its architecture."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    except OSError:
+        pass
+    return platform.machine()
+
+
+def _driver() -> str | None:
+    """The version of NVIDIA's driver; None where there is none to ask."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return result.stdout.partition("\n")[0].strip()
 
 
 def _commit() -> str | None:

@@ -5,8 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 DEVICES = ("auto", "cpu", "cuda")
-SIZES = ("small", "sop", "large", "worst")
-PROVIDERS = ("pfml", "pfml dense", "eager", "compile")
+PROVIDERS = (
+    "pfml", "pfml-dense", "pfml-triton", "pfml-triton-dense", "pfml-torch", "pfml-torch-dense",
+    "eager", "compile", "keops",
+    "proxy-anchor", "multi-similarity", "triplet", "contrastive",
+)  # fmt: skip
+MODES = ("forward", "forward+backward")
+SPEED_DTYPES = ("float32", "bfloat16", "float16")
 MODELLED = ("sm_90", "sm_80")
 DTYPES = ("float32", "bfloat16")
 
@@ -45,36 +50,75 @@ class RetrievalSettings:
 
 
 @dataclass(frozen=True)
-class PruningSettings:
-    """Settings of one measurement of the pruning; the defaults are sized for two CPU cores.
+class Size:
+    """A batch and the proxies beside it: N = batch + classes * proxies points.
 
     Args:
-        sizes: some of `SIZES`.
-        providers: some of `PROVIDERS`.
-        repeats: timed calls of each provider, in turn with the others.
+        batch: B, samples.
+        classes: C.
+        proxies: M of each class.
         depth: D of the points.
-        seed: of the points.
-        device: one of `DEVICES`.
-        slow: also run what takes minutes: "pfml dense" on the large cloud.
-        threads: CPU threads of PyTorch, None for its own choice.
-        small_points, large_points, worst_points: N of these clouds, in classes of 4.
-        sop_classes: classes of 2 proxies, as many as Stanford Online Products has to train on.
-        sop_batch: samples beside those proxies, 2 of a class.
+        kind: one of `KINDS`, where the points lie, see `bench.clouds.make_cloud`.
     """
 
-    sizes: tuple[str, ...] = SIZES
-    providers: tuple[str, ...] = PROVIDERS
-    repeats: int = 5
+    batch: int
+    classes: int
+    proxies: int
     depth: int = 512
+    kind: str = "apart"
+
+    @property
+    def n(self) -> int:
+        return self.batch + self.classes * self.proxies
+
+    @property
+    def samples_per_class(self) -> int:
+        """In the batch: 2, or more where the classes would not fill it."""
+        return max(2, -(-self.batch // self.classes))
+
+
+KINDS = ("apart", "one-class", "collapsed")
+SIZES = {
+    "cub": Size(100, 100, 15),
+    "cars": Size(100, 98, 15),
+    "sop": Size(100, 11_318, 2),
+    "vit-sop": Size(100, 11_318, 2, depth=384),
+    "faces-100k": Size(512, 100_000, 1),
+    "one-class": Size(100, 1, 7_900, kind="one-class"),
+    "collapsed": Size(100, 1_975, 4, kind="collapsed"),
+}
+
+
+@dataclass(frozen=True)
+class SpeedSettings:
+    """Settings of one comparison of providers; the defaults are sized for two CPU cores.
+
+    Args:
+        sizes: some of `SIZES`, by name.
+        n: further sizes of as many points, well apart.
+        d, classes: D and C of those; C is as many as make 4 proxies a class if None.
+        providers: some of `PROVIDERS`.
+        modes: some of `MODES`.
+        dtype: of the embeddings, one of `SPEED_DTYPES`; proxies are float32.
+        repeats: timed calls of each provider, in turn with the others; quick ones get more.
+        seed: of the points.
+        device: one of `DEVICES`.
+        slow: also run what takes minutes.
+        threads: CPU threads of PyTorch, None for its own choice.
+    """
+
+    sizes: tuple[str, ...] = tuple(SIZES)
+    n: tuple[int, ...] = ()
+    d: int = 512
+    classes: int | None = None
+    providers: tuple[str, ...] = PROVIDERS
+    modes: tuple[str, ...] = MODES
+    dtype: str = "float32"
+    repeats: int = 3
     seed: int = 0
     device: str = "auto"
     slow: bool = False
     threads: int | None = None
-    small_points: int = 8_000
-    large_points: int = 100_000
-    worst_points: int = 8_000
-    sop_classes: int = 11_318
-    sop_batch: int = 100
 
 
 @dataclass(frozen=True)
@@ -84,7 +128,7 @@ class ModelSettings:
     Args:
         arch: one of `MODELLED`.
         dtype: of the points, one of `DTYPES`.
-        classes, batch: of the cloud "sop", like `sop_classes` and `sop_batch` of `PruningSettings`.
+        classes, batch: C and B of a `Size` with 2 proxies a class.
         depth: D of the points.
         seed: of the points.
     """
