@@ -14,14 +14,15 @@ from torch import Tensor
 
 from ..potential import FieldTerms, Potential
 from ..sketch import LIFT, REACH, SLACK, accumulation, sketch_depth
+from . import tuning
 from .config import FILTER_M, FUSED, TILE_M, TILE_N, Tiles
 from .filter import _filter_kernel
 from .forces import _force_kernel
 from .pack import _pack_kernel
 from .plan import _count_kernel, _join_kernel, _plan_kernel
-from .tuning import tiles_here as _tiles_here
 
 INTERPRETED = not isinstance(_force_kernel, triton.JITFunction)
+_tiles_here = tuning.tiles_here
 
 
 def obstacle(points: Tensor) -> str | None:

@@ -121,7 +121,7 @@ def _resolve(call: _Call, x: Tensor, others: tuple[Any, ...]) -> Tiles:
         if key in found:
             tiles = replace(tiles, **found[key])
         elif autotunes == "1":
-            if not may_tune(x):
+            if not others or not may_tune(x):
                 return tiles  # a later call may tune
             from . import search
 
