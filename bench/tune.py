@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
@@ -36,11 +36,20 @@ from pfml_triton.kernels.config import Tiles, padded_depth, tiles_for
 from pfml_triton.potential import FieldTerms
 from pfml_triton.sketch import random_basis
 
+DEVICE = "cuda"  # where configurations are timed
 POTENTIAL = Potential()
 SHOWN = 8  # configurations of a table
 KEPT = 3  # one of as many is worth timing
 
 Row = dict[str, Any]
+
+
+_FACTS = ("modelled us", "limit", "registers", "spills", "shared KiB", "resident")
+_HEADINGS = {  # of columns
+    "BLOCK_K": "K", "BLOCK_D": "D", "BLOCK_N": "N", "STRIP": "strip", "SLICES": "slices",
+    "CHUNK": "chunk", "num_warps": "warps", "num_stages": "stages", "maxnreg": "most regs",
+    "modelled us": "us", "registers": "regs", "resident": "res.",
+}  # fmt: skip
 
 
 class Bucket(NamedTuple):
@@ -217,28 +226,33 @@ _ENDS = {"seconds": "", "low": "_low", "high": "_high"}
 
 
 def ranking_table(title: str, ranked: Sequence[Ranked], shipped: triton.Config) -> Table:
-    """The best, the shipped one, and how many others there are."""
-    table = Table(title=f"{title}, modelled", title_justify="left", box=SIMPLE_HEAD)
-    for name in ("rank", "configuration", "modelled us", "limit", "registers", "spills",
-                 "shared KiB", "resident"):  # fmt: skip
-        table.add_column(name, justify="left" if name in ("configuration", "limit") else "right")
-    best = ranked[0].prediction.seconds
+    """The best and the shipped one."""
+    names = [name for name in shipped.all_kwargs() if name != "num_ctas"]
+    table = Table(title=f"{title}, modelled", title_justify="left", box=SIMPLE_HEAD, padding=0)
+    for name in ("", *names, *_FACTS):
+        words = _HEADINGS.get(name, name).split()
+        justify: Literal["left", "right"] = "left" if name == "limit" else "right"
+        table.add_column(
+            "\n".join(words), justify=justify, min_width=max(map(len, words), default=2)
+        )
     for place, (config, p) in enumerate(ranked):
-        if place >= SHOWN and config != shipped:
-            continue
-        time = f"{1e6 * p.seconds:.1f}" if p.fits else "does not fit"
-        name, style = described(config), ""
-        if config == shipped:
-            name += f"\nshipped, {p.seconds / best - 1:.0%} above the best"
-            style = "bold"
-        table.add_row(
-            str(place + 1), name, time, p.limit, str(p.registers), str(p.spills_in_loops),
-            str(p.shared_bytes >> 10), str(p.resident), style=style,
-        )  # fmt: skip
+        if place < SHOWN or config == shipped:
+            values = (config.all_kwargs().get(name) for name in names)
+            time = f"{1e6 * p.seconds:.1f}" if p.fits else "no fit"
+            limit = "\n".join(p.limit.split())
+            numbers = p.registers, p.spills_in_loops, p.shared_bytes >> 10, p.resident
+            table.add_row(
+                str(place + 1), *map(str, values), time, limit, *map(str, numbers),
+                style="bold" if config == shipped else "",
+            )  # fmt: skip
+    place, ours = next((i, r) for i, r in enumerate(ranked) if r.config == shipped)
+    above = ours.prediction.seconds / ranked[0].prediction.seconds - 1
     unusable = sum(not r.is_usable for r in ranked)
     table.caption = (
-        f"{len(ranked)} configurations; the last {unusable} spill in a loop, or do not fit"
+        f"The shipped one is number {place + 1} of {len(ranked)}, {above:.0%} above the best. "
+        f"The last {unusable} spill in a loop or do not fit. res.: programs on a multiprocessor."
     )
+    table.caption_justify = "left"
     return table
 
 
@@ -251,7 +265,7 @@ def described(config: triton.Config) -> str:
 def _tuned(
     settings: TuneSettings, buckets: Sequence[Bucket], out: Path, console: Console
 ) -> list[Row]:
-    device = torch.device("cuda")
+    device = torch.device(DEVICE)
     path = settings.file or tuning.tuning_file()
     if path is None:
         raise ValueError(f"no tuning file: {tuning.FILE_VARIABLE} is empty, and no file is given")
@@ -301,11 +315,9 @@ def tune_bucket(
 ) -> tuple[list[Row], Row]:
     """Time the configurations of a bucket: a row for each, and the entry of the tuning file."""
     cloud = Cloud(bucket, settings.seed)
-    x = cloud.points.to("cuda")
-    key = tuning.Key(
-        torch.cuda.get_device_name(x.device), bucket.dtype, padded_depth(bucket.size.depth),
-        tuning.points_bucket(bucket.size.n),
-    )  # fmt: skip
+    x = cloud.points.to(DEVICE)
+    key = tuning.key_of(x)
+    assert key is not None
     task = progress.add_task(str(bucket), total=len(search.KERNELS))
     rows: list[Row] = []
 
@@ -315,7 +327,7 @@ def tune_bucket(
         progress.advance(task)
 
     tiles, found = search.tune(
-        cloud.call("cuda"), tuning.shipped_tiles(x), key, f"{bucket} seed {settings.seed}",
+        cloud.call(DEVICE), tuning.shipped_tiles(x), key, f"{bucket} seed {settings.seed}",
         prune=pruning(cloud), told=told,
     )  # fmt: skip
     progress.remove_task(task)

@@ -171,12 +171,12 @@ class _Tunable:
 
     def run(self, *_: Any, **values: Any) -> None:
         tiles = configured(self.kernel, self.tiles, values)
-        if tiles != self.launched:
+        if tiles == self.launched:
+            for again in self.launches:
+                again()
+        else:
             self.launches, self.launched = [], None  # frees their buffers
-            self.launches = launches_of(self.kernel, self.call, tiles)
-            self.launched = tiles
-        for again in self.launches:
-            again()
+            self.launches, self.launched = launches_of(self.kernel, self.call, tiles), tiles
 
 
 def launches_of(kernel: str, call: Call, tiles: Tiles) -> list[Callable[[], Any]]:

@@ -114,10 +114,9 @@ def _resolve(call: _Call, x: Tensor, others: tuple[Any, ...]) -> Tiles:
         raise ValueError(
             f"{AUTOTUNE_VARIABLE} must be one of {AUTOTUNE_CHOICES}, got {autotunes!r}"
         )
-    device, path = device_name(x), tuning_file()
-    if device is not None:
-        key = Key(device, str(x.dtype)[6:], padded_depth(x.shape[1]), points_bucket(len(x)))
-        found = {} if path is None else _entries(path, device, autotunes == "1")
+    key, path = key_of(x), tuning_file()
+    if key is not None:
+        found = {} if path is None else _entries(path, key.device, autotunes == "1")
         if key in found:
             tiles = replace(tiles, **found[key])
         elif autotunes == "1":
@@ -137,9 +136,12 @@ def shipped_tiles(x: Tensor) -> Tiles:
     return tiles_for(x.shape[1], points_bucket(len(x)), hip=hip, hopper=hopper)
 
 
-def device_name(x: Tensor) -> str | None:
-    """The device of `x` as a tuning file names it; None for other devices than GPUs."""
-    return torch.cuda.get_device_name(x.device) if x.is_cuda else None
+def key_of(x: Tensor) -> Key | None:
+    """What a tuning file has for points `x` [N, D]; None for other devices than GPUs."""
+    if not x.is_cuda:
+        return None
+    dtype, depth = str(x.dtype).removeprefix("torch."), padded_depth(x.shape[1])
+    return Key(torch.cuda.get_device_name(x.device), dtype, depth, points_bucket(len(x)))
 
 
 def may_tune(x: Tensor) -> bool:
