@@ -32,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
     _add_retrieval(commands)
     _add_speed(commands)
+    _add_plot(commands)
     _add_tune(commands)
     _add_figure(commands)
     return parser
@@ -149,6 +150,29 @@ def _speed(parsed: argparse.Namespace) -> int:
     for name in ("sizes", "n", "providers", "modes"):
         values[name] = tuple(values[name])
     return int(is_broken(run(SpeedSettings(**values), parsed.out)))
+
+
+def _add_plot(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "plot",
+        help="draw the rows that bench speed has left",
+        description="Draw the latest rows of bench speed: 'speed', bars of every provider at every "
+        "size; 'growth', time against N, for rows of --n at several N.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("kind", choices=("speed", "growth"), metavar="KIND", help="speed or growth")
+    add("--rows", type=Path, metavar="FILE", default=Path("runs/speed.jsonl"), help="to read")
+    add("--out", type=Path, metavar="FILE", required=True, help="picture to write")
+    parser.set_defaults(command=_plot)
+
+
+def _plot(parsed: argparse.Namespace) -> None:
+    from bench.plots import growth_figure, speed_figure
+
+    parsed.out.parent.mkdir(parents=True, exist_ok=True)
+    (speed_figure if parsed.kind == "speed" else growth_figure)(parsed.rows, parsed.out)
+    print(f"Wrote {parsed.out}")
 
 
 def _add_tune(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -24,6 +24,7 @@ from triton.compiler import ASTSource, make_backend
 from pfml_triton.kernels import launch
 
 _TYPES = {
+    torch.float64: "fp64",
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",

@@ -67,18 +67,6 @@ class PlainLoss(nn.Module):
         return self.function(embeddings, labels, self.proxies, self.proxy_labels)
 
 
-class PeerLoss(nn.Module):
-    """A loss of pytorch-metric-learning, with its miner if it has one."""
-
-    def __init__(self, loss: nn.Module, miner: nn.Module | None = None) -> None:
-        super().__init__()
-        self.loss, self.miner = loss, miner
-
-    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        mined = None if self.miner is None else self.miner(embeddings, labels)
-        return self.loss(embeddings, labels, mined)
-
-
 def gram_loss(embeddings: Tensor, labels: Tensor, proxies: Tensor, proxy_labels: Tensor) -> Tensor:
     """Eq. 6 in plain PyTorch: |x|^2 + |y|^2 - 2 x.y, then one N x N matrix a step.
 
@@ -149,26 +137,25 @@ def _proxy_anchor(cloud: Cloud) -> nn.Module:
     from pytorch_metric_learning.losses import ProxyAnchorLoss
 
     loss = ProxyAnchorLoss(cloud.size.classes, cloud.size.depth, margin=0.1, alpha=32)
-    return PeerLoss(loss).to(cloud.points.device)
+    return loss.to(cloud.points.device)
 
 
 def _multi_similarity(_: Cloud) -> nn.Module:
     from pytorch_metric_learning.losses import MultiSimilarityLoss
-    from pytorch_metric_learning.miners import MultiSimilarityMiner
 
-    return PeerLoss(MultiSimilarityLoss(alpha=2, beta=50, base=0.5), MultiSimilarityMiner(0.1))
+    return MultiSimilarityLoss(alpha=2, beta=50, base=0.5)
 
 
 def _triplet(_: Cloud) -> nn.Module:
     from pytorch_metric_learning.losses import TripletMarginLoss
 
-    return PeerLoss(TripletMarginLoss(margin=0.2))
+    return TripletMarginLoss(margin=0.2)
 
 
 def _contrastive(_: Cloud) -> nn.Module:
     from pytorch_metric_learning.losses import ContrastiveLoss
 
-    return PeerLoss(ContrastiveLoss(pos_margin=0, neg_margin=1))
+    return ContrastiveLoss(pos_margin=0, neg_margin=1)
 
 
 def _this(*, prune: bool, backend: str) -> Provider:
@@ -213,8 +200,8 @@ PROVIDERS = {
         requires="pykeops",
         seconds_per_product=3.7e-9,
     ),
-    # As they are published, of the batch alone but for the first. Classes are well apart in the
-    # clouds: a semi-hard miner would leave the triplets none, and its loss nothing to do.
+    # As they are published, of the batch alone but for the first; without miners, which in clouds
+    # of classes that are well apart would leave them nothing to do.
     "proxy-anchor": Provider(
         build=_proxy_anchor,
         computes="ProxyAnchorLoss, margin 0.1, alpha 32, one proxy a class",
@@ -223,7 +210,7 @@ PROVIDERS = {
     ),
     "multi-similarity": Provider(
         build=_multi_similarity,
-        computes="MultiSimilarityLoss, alpha 2, beta 50, base 0.5, miner epsilon 0.1, in the batch",
+        computes="MultiSimilarityLoss, alpha 2, beta 50, base 0.5, all pairs of the batch",
         requires="pytorch_metric_learning",
         bytes_needed=lambda size: 100 * size.batch**2,
     ),

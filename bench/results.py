@@ -22,6 +22,25 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: a line is not a JSON object, naming it.
+    """
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number} must be an object, got {line[:80]}")
+        rows.append(row)
+    return rows
+
+
 def provenance(device: torch.device) -> dict[str, Any]:
     """What a row needs to be comparable later: time, commit, versions, device and threads."""
     return {

@@ -28,7 +28,7 @@ from bench.images import ImageSet, random_affine, split_by_class, to_tensor
 from bench.results import append_row, provenance
 from bench.settings import DEVICES, RetrievalSettings
 from pfml_triton import PFMLLoss
-from pfml_triton.functional import energy_and_stats
+from pfml_triton.functional import Stats, total_energy
 from pfml_triton.sketch import random_basis
 
 RECALL_KS = (1, 2, 4, 8)
@@ -351,13 +351,12 @@ def active_shares(
     }
     shares = {}
     for cloud, (points, classes) in clouds.items():
-        unit = functional.normalize(points.to(device), dim=1)
         for basis, directions in bases.items():
-            _, stats = energy_and_stats(
-                unit, classes.to(device), loss.potential, sources=None, source_labels=None,
-                reduction="sum", prune=True, backend=loss.backend, basis=directions,
+            _, totals = total_energy(
+                points.to(device), classes.to(device), loss.potential, unit=True,
+                backend=loss.backend, basis=directions,
             )  # fmt: skip
-            shares[f"{cloud}{basis}"] = stats.active_share.item()
+            shares[f"{cloud}{basis}"] = Stats.of(totals).active_share.item()
     return shares
 
 

@@ -41,8 +41,8 @@ def speed_table(rows: Sequence[Row]) -> Table:
         executed = last["executed_operations"]
         table.add_row(
             provider,
-            _cell(forward and forward["p50_ms"]),
-            _cell(both and both["p50_ms"]),
+            _cell(None if forward is None else forward["p50_ms"]),
+            _cell(None if both is None else both["p50_ms"]),
             _cell(last["p50_ms"] / pfml[last["mode"]]["p50_ms"] if pfml else None),
             _cell(last["extra_bytes"], 2**20, ",.0f"),
             _cell(executed, 1e9),

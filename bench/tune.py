@@ -1,7 +1,7 @@
 """Tile shapes: timed on a GPU, or ranked from their machine code without one.
 
-`run` is the experiment behind ``python -m bench tune``. What is tuned are the calls of
-`launch.field_terms` of clouds that are like those of a trained network. The search itself is the
+`run` is the experiment behind ``python -m bench tune``. What is tuned is the
+field, on itself, of a cloud of points like those of a trained network. The search itself is the
 package's (pfml_triton/kernels/search.py); here, the static model of roofline.py chooses what is
 worth timing, and takes the place of the times where there is no GPU.
 """
@@ -31,9 +31,8 @@ from bench.results import append_row, provenance
 from bench.roofline import Prediction, predict
 from bench.settings import MODELLED, SIZES, SPEED_DTYPES, Size, TuneSettings
 from pfml_triton import Potential
-from pfml_triton.kernels import launch, search, tuning
+from pfml_triton.kernels import search, tuning
 from pfml_triton.kernels.config import Tiles, padded_depth, tiles_for
-from pfml_triton.potential import FieldTerms
 from pfml_triton.sketch import random_basis
 
 DEVICE = "cuda"  # where configurations are timed
@@ -132,24 +131,18 @@ class Cloud:
     def work(self) -> Work:
         return count_work(self.points.float(), self.labels, POTENTIAL)
 
-    def call(self, device: str) -> Callable[[Tiles], FieldTerms]:
-        """A call of `launch.field_terms` on a device, for any tile shapes."""
+    def call(self, device: str) -> search.Call:
+        """The field of the cloud on itself, on a device, for any tile shapes."""
         x, labels = self.points.to(device), self.labels.to(device)
         basis: Tensor = random_basis(x.shape[1], torch.device("cpu")).to(device)
-
-        def call(tiles: Tiles) -> FieldTerms:
-            return launch.field_terms(
-                x, labels, x, labels, POTENTIAL, needs_grad=True, basis=basis, tiles=tiles
-            )
-
-        return call
+        return search.mutual_call(x, labels, POTENTIAL, basis=basis)
 
 
 def rank(
     kernel: str,
     shipped: Tiles,
     configs: Sequence[triton.Config],
-    call: Callable[[Tiles], FieldTerms],
+    call: search.Call,
     arch: str,
     work: Work,
     advance: Callable[[], None] = lambda: None,
@@ -316,8 +309,10 @@ def tune_bucket(
     """Time the configurations of a bucket: a row for each, and the entry of the tuning file."""
     cloud = Cloud(bucket, settings.seed)
     x = cloud.points.to(DEVICE)
-    key = tuning.key_of(x)
-    assert key is not None
+    n, depth = x.shape
+    name = tuning.device_name(x)
+    assert name is not None
+    key = tuning.Key(name, bucket.dtype, padded_depth(depth), tuning.points_bucket(n))
     task = progress.add_task(str(bucket), total=len(search.KERNELS))
     rows: list[Row] = []
 
@@ -327,7 +322,7 @@ def tune_bucket(
         progress.advance(task)
 
     tiles, found = search.tune(
-        cloud.call(DEVICE), tuning.shipped_tiles(x), key, f"{bucket} seed {settings.seed}",
+        cloud.call(DEVICE), tuning.shipped_tiles(x, n), key, f"{bucket} seed {settings.seed}",
         prune=pruning(cloud), told=told,
     )  # fmt: skip
     progress.remove_task(task)

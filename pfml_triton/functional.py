@@ -1,21 +1,24 @@
 """`potential_energy` and `class_potential`: validation, choice of the backend, autograd.
 
-Both ask a backend for the same thing: the sums over the pairs that exert force, `FieldTerms`. The
-energy is a sum, so its gradient is computed along with it in forward, and backward is one
-multiplication. The pairs without force are constants, added here from pair counts, in float64.
+Both ask a backend for the same things: to `gather` the points of a cloud, for the sums over the
+pairs that exert force (`field_terms`), for their `total`, in which the pairs without force are
+constants, and to `pull_back` gradients. The energy is a sum, so its gradient is computed along with
+it in forward, and backward only scales it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from . import torch_backend
-from .potential import FieldTerms, Potential
+from .potential import FieldTerms, Potential, Split
 from .sketch import random_basis
+from .torch_backend import active_energy, nan_unless_finite, rest_energy
 
 try:
     from .kernels import launch as _triton_backend
@@ -29,11 +32,9 @@ _INTEGERS = tuple(
     getattr(torch, f"{sign}int{bits}") for bits in (8, 16, 32, 64) for sign in ("", "u")
 )
 
-Backend = Callable[..., FieldTerms]
-
 
 class Stats(NamedTuple):
-    """What a call of `potential_energy` found: scalars on the device of the points, no gradient.
+    """What a call of `PFMLLoss` found: scalars on the device of the points, no gradient.
 
     Pairs are ordered, as Eq. 6 counts them: two points of a field that act on each other are two.
     """
@@ -41,8 +42,36 @@ class Stats(NamedTuple):
     active_energy: Tensor  # float64, what pairs that exert force add to a field at rest, >= 0
     attracting_pairs: Tensor  # int64, pairs of one class at d >= delta
     repelling_pairs: Tensor  # int64, pairs of two classes at d < delta_rep
-    smallest_distance: Tensor  # floating point, of the repelling pairs; inf if there are none
-    active_share: Tensor  # floating point, share of the tiles of pairs that may exert force
+    smallest_distance: Tensor  # float64, of the repelling pairs; inf if there are none
+    active_share: Tensor  # float64, share of the tiles of pairs that may exert force
+
+    @classmethod
+    def of(cls, totals: Tensor) -> Stats:
+        """The stats in a vector of `TOTALS`."""
+        energy, attracting, repelling, distance, share = totals[: len(cls._fields)]
+        return cls(energy, attracting.long(), repelling.long(), distance, share)
+
+
+class Backend(Protocol):
+    """The functions of pfml_triton.torch_backend and pfml_triton.kernels.launch; see there."""
+
+    gather: Callable[..., Any]
+    field_terms: Callable[..., FieldTerms]
+    total: Callable[..., tuple[Tensor, Tensor]]
+    pull_back: Callable[..., tuple[Tensor | None, Tensor | None]]
+
+
+class _Field(NamedTuple):
+    """What a call of `potential_energy` is about, beside the tensors that get gradients."""
+
+    labels: Tensor
+    source_labels: Tensor | None
+    potential: Potential
+    unit: bool
+    mean: bool
+    basis: Tensor | None
+    backend: Backend
+    records: bool  # is autograd at work?
 
 
 def potential_energy(
@@ -89,36 +118,6 @@ def potential_energy(
         ValueError: a wrong shape, device, option or (with `validate`) value; a backend that cannot
             serve here; a potential whose largest force overflows float32.
     """
-    return energy_and_stats(
-        points,
-        labels,
-        potential,
-        sources=sources,
-        source_labels=source_labels,
-        reduction=reduction,
-        prune=prune,
-        backend=backend,
-        validate=validate,
-    )[0]
-
-
-def energy_and_stats(
-    points: Tensor,
-    labels: Tensor,
-    potential: Potential | None,
-    *,
-    sources: Tensor | None,
-    source_labels: Tensor | None,
-    reduction: str,
-    prune: bool,
-    backend: str,
-    validate: bool = False,
-    basis: Tensor | None = None,
-) -> tuple[Tensor, Stats]:
-    """`potential_energy` and what it found: arguments, value and errors are the same.
-
-    `basis` [D, at most 60] bfloat16 is a sound one of pfml_triton.sketch, or None for a random one.
-    """
     potential = _check_potential(potential)
     _check_cloud(points, labels, "points", "labels", "N")
     if reduction not in REDUCTIONS:
@@ -133,15 +132,43 @@ def energy_and_stats(
         _check_finite(points, "points")
         if sources is not None:
             _check_finite(sources, "sources")
-    field_terms = _choose_backend(backend, points, potential)
-    basis = _chosen_basis(prune, points, basis)
-    # float32 is float32, whatever the ambient autocast dtype is.
-    with torch.autocast(points.device.type, enabled=False):
-        value, *stats = _PotentialEnergy.apply(
-            points, labels, sources, source_labels, potential, reduction, field_terms, basis,
-            torch.is_grad_enabled(),
-        )  # fmt: skip
-    return value, Stats(*stats)
+    basis = _chosen_basis(prune, points)
+    return total_energy(
+        points, labels, potential, sources=sources, source_labels=source_labels,
+        reduction=reduction, backend=backend, basis=basis,
+    )[0]  # fmt: skip
+
+
+def total_energy(
+    points: Tensor,
+    labels: Tensor,
+    potential: Potential,
+    *,
+    proxies: Tensor | None = None,
+    unit: bool = False,
+    sources: Tensor | None = None,
+    source_labels: Tensor | None = None,
+    reduction: str = "sum",
+    backend: str = "auto",
+    basis: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`potential_energy` of checked arguments, and the `TOTALS` it is made of.
+
+    Args:
+        points: [B, D].
+        labels: [N], of the points, then of the proxies.
+        proxies: [C, M, D], which make N points with those, at least as wide and float32.
+        unit: whether all points are scaled to unit length.
+        basis: [D, at most 60] bfloat16, a sound one of pfml_triton.sketch; None does not prune.
+    """
+    field = _Field(
+        labels.to(torch.int64).contiguous(),
+        None if source_labels is None else source_labels.to(torch.int64).contiguous(),
+        potential, unit, reduction == "mean", basis, _choose_backend(backend, points, potential),
+        torch.is_grad_enabled(),
+    )  # fmt: skip
+    value, totals = _PotentialEnergy.apply(points, proxies, sources, field)
+    return value, totals
 
 
 def class_potential(
@@ -191,109 +218,116 @@ def class_potential(
     if validate:
         _check_finite(queries, "queries")
         _check_finite(points, "points")
-    field_terms = _choose_backend(backend, queries, potential)
-    basis = _chosen_basis(prune, queries, None)
-    with torch.autocast(queries.device.type, enabled=False):
-        value: Tensor = _ClassPotential.apply(
-            queries, points, labels, class_index, potential, field_terms, basis,
-            torch.is_grad_enabled(),
-        )  # fmt: skip
+    field = _Field(
+        labels.to(torch.int64).contiguous(), None, potential, False, False,
+        _chosen_basis(prune, queries), _choose_backend(backend, queries, potential),
+        torch.is_grad_enabled(),
+    )  # fmt: skip
+    value: Tensor = _ClassPotential.apply(queries, points, class_index, field)
     return value
 
 
 class _PotentialEnergy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        points: Tensor,
-        labels: Tensor,
-        sources: Tensor | None,
-        source_labels: Tensor | None,
-        potential: Potential,
-        reduction: str,
-        field_terms: Backend,
-        basis: Tensor | None,
-        records: bool,
-    ) -> tuple[Tensor, ...]:
-        needs_points, _, needs_sources = (records and need for need in ctx.needs_input_grad[:3])
-        labels = labels.to(torch.int64).contiguous()
-        n = len(points)
-        terms = field_terms(
-            points, labels, points, labels, potential, needs_grad=needs_points, basis=basis
+        ctx: Any, points: Tensor, proxies: Tensor | None, sources: Tensor | None, field: _Field
+    ) -> tuple[Tensor, Tensor]:
+        needs = [field.records and need for need in ctx.needs_input_grad[:3]]
+        backend, potential = field.backend, field.potential
+        rest = None if proxies is None else proxies.flatten(0, 1)
+        cloud = backend.gather(
+            points, field.labels, potential, rest=rest, unit=field.unit, basis=field.basis
         )
+        needs_grad = needs[0] or needs[1]
+        terms = backend.field_terms(cloud, cloud, potential, needs_grad=needs_grad)
+        value, totals = backend.total(terms, cloud, cloud, potential, mean=field.mean)
         # The field is mutual: x_i stands in row i and in column i of U. Its gradient is doubled in
         # backward, which saves a pass over it.
-        grad, twice, source_grad = terms.grad, 2.0, None
-        pairs = n * (n - 1)
-        own_class = _pairs_of_one_class(labels, labels) - n
-        stats = _stats(terms, potential)
-        at_rest = _rest_energy(own_class, pairs, potential)
-        nothing = _nan_unless_finite(points).sum()
-        if sources is not None and source_labels is not None:
-            source_labels = source_labels.to(torch.int64).contiguous()
-            terms = field_terms(
-                points, labels, sources, source_labels, potential,
-                needs_grad=needs_points, basis=basis,
+        grad, source_grad = terms.grad, None
+        n, acting = len(cloud), None
+        ctx.twice, ctx.pairs = True, n * (n - 1)
+        if sources is not None:
+            acting = backend.gather(
+                sources.to(cloud.points.dtype), field.source_labels, potential,
+                unit=field.unit, basis=field.basis,
             )  # fmt: skip
+            terms = backend.field_terms(cloud, acting, potential, needs_grad=needs_grad)
+            value, totals = backend.total(
+                terms, cloud, acting, potential, mean=field.mean, before=totals
+            )
             if grad is not None and terms.grad is not None:
-                grad, twice = grad.mul_(2).add_(terms.grad), 1.0
-            if needs_sources:
-                source_grad = field_terms(
-                    sources, source_labels, points, labels, potential, needs_grad=True, basis=basis
-                ).grad
-            own_class = _pairs_of_one_class(labels, source_labels)
-            stats = _joined(stats, _stats(terms, potential), n, len(sources))
-            at_rest = at_rest + _rest_energy(own_class, n * len(sources), potential)
-            nothing = nothing + _nan_unless_finite(sources).sum()
-            pairs += n * len(sources)
-        scale = 1.0 / max(pairs, 1) if reduction == "mean" else 1.0
-        ctx.save_for_backward(points, sources, grad, source_grad, nothing)
-        ctx.scales = scale * twice, scale
-        ctx.mark_non_differentiable(*stats)
-        total = stats.active_energy + at_rest
-        value = (total * scale + nothing).to(torch.promote_types(points.dtype, torch.float32))
-        return value, *stats
+                grad = grad.mul_(2).add_(terms.grad)
+            if needs[2]:
+                source_grad = backend.field_terms(acting, cloud, potential, needs_grad=True).grad
+            ctx.twice = False
+            ctx.pairs += n * len(sources)
+        ctx.pairs = max(ctx.pairs, 1) if field.mean else 1
+        ctx.backend = backend
+        ctx.dtypes = [
+            x.dtype if x is not None and need else None
+            for x, need in zip((points, proxies, sources), needs, strict=True)
+        ]
+        # The inputs are saved as well, so that a change of them in place is an error.
+        ctx.save_for_backward(
+            points, proxies, sources, totals, grad, cloud.points, cloud.inverse,
+            source_grad, *(2 * (None,) if acting is None else (acting.points, acting.inverse)),
+        )  # fmt: skip
+        ctx.mark_non_differentiable(totals)
+        ctx.set_materialize_grads(False)
+        return value, totals
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        points, sources, grad, source_grad, nothing = ctx.saved_tensors
-        first, third = (
-            None if g is None else _scaled(g, grad_output * scale + nothing, x)
-            for g, scale, x in zip((grad, source_grad), ctx.scales, (points, sources), strict=True)
+    def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        points, proxies, _, totals, *saved = ctx.saved_tensors
+        if grad_output is None:
+            return None, None, None, None
+        of_cloud = partial(
+            ctx.backend.pull_back, grad_output=grad_output, totals=totals, pairs=ctx.pairs
         )
-        return first, None, third, None, None, None, None, None, None
+        first = second = third = None
+        grad, placed, inverse, source_grad, source_placed, source_inverse = saved
+        if grad is not None:
+            split = Split(len(points), (ctx.dtypes[0], ctx.dtypes[1]))
+            first, second = of_cloud(grad, placed, inverse, split=split, twice=ctx.twice)
+        if second is not None:
+            second = second.view(proxies.shape)
+        if source_grad is not None:
+            split = Split(len(source_grad), (ctx.dtypes[2], None))
+            third, _ = of_cloud(source_grad, source_placed, source_inverse, split=split)
+        if torch.is_grad_enabled():
+            first, second, third = (
+                None if g is None else _OnceDifferentiable.apply(g, points)
+                for g in (first, second, third)
+            )
+        return first, second, third, None
 
 
 class _ClassPotential(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        queries: Tensor,
-        points: Tensor,
-        labels: Tensor,
-        class_index: int,
-        potential: Potential,
-        field_terms: Backend,
-        basis: Tensor | None,
-        records: bool,
+        ctx: Any, queries: Tensor, points: Tensor, class_index: int, field: _Field
     ) -> Tensor:
-        labels = labels.to(torch.int64).contiguous()
-        terms = field_terms(
-            queries, labels.new_full((len(queries),), class_index), points, labels, potential,
-            needs_grad=records and ctx.needs_input_grad[0], basis=basis,
-        )  # fmt: skip
-        own_class = (labels == class_index).sum()
-        psi = _active_energy(terms, potential) + _rest_energy(own_class, len(points), potential)
-        nothing = _nan_unless_finite(queries) + _nan_unless_finite(points).sum()
+        backend, potential = field.backend, field.potential
+        of_class = field.labels.new_full((len(queries),), class_index)
+        acted_on = backend.gather(queries, of_class, potential, basis=field.basis)
+        acting = backend.gather(points, field.labels, potential, basis=field.basis)
+        needs_grad = field.records and ctx.needs_input_grad[0]
+        terms = backend.field_terms(acted_on, acting, potential, needs_grad=needs_grad)
+        psi = active_energy(terms, potential)
+        psi = psi + rest_energy(terms.own_class, len(points), potential)
+        nothing = nan_unless_finite(queries) + nan_unless_finite(points).sum()
         ctx.save_for_backward(queries, terms.grad, nothing)
         return (psi + nothing).to(torch.promote_types(queries.dtype, torch.float32))
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         queries, grad, nothing = ctx.saved_tensors
-        factor = (grad_output + nothing)[:, None]
-        first = None if grad is None else _scaled(grad, factor, queries)
-        return first, None, None, None, None, None, None, None
+        if grad is None:
+            return None, None, None, None
+        first = (grad * (grad_output + nothing)[:, None]).to(queries.dtype)
+        if torch.is_grad_enabled():
+            first = _OnceDifferentiable.apply(first, queries)
+        return first, None, None, None
 
 
 class _OnceDifferentiable(torch.autograd.Function):
@@ -312,77 +346,11 @@ class _OnceDifferentiable(torch.autograd.Function):
         )
 
 
-def _scaled(grad: Tensor, factor: Tensor, points: Tensor) -> Tensor:
-    scaled = (grad * factor).to(points.dtype)
-    if not torch.is_grad_enabled():
-        return scaled
-    once: Tensor = _OnceDifferentiable.apply(scaled, points)
-    return once
-
-
-def _pairs_of_one_class(labels: Tensor, other: Tensor) -> Tensor:
-    """How many pairs (i, j) have labels[i] == other[j]: int64 scalar, never on the host."""
-    other = other.sort().values
-    upper = torch.searchsorted(other, labels, right=True)
-    return (upper - torch.searchsorted(other, labels)).sum()
-
-
-def _active_energy(terms: FieldTerms, potential: Potential) -> Tensor:
-    """What the active pairs of each point have above their constants, >= 0: [N] float64.
-
-    The energy is mostly constants. This is the part of it that forces can lower.
-    """
-    constants = (
-        terms.attracting.double() * potential.attraction_constant
-        + terms.repelling.double() * potential.repulsion_constant
-    )
-    return terms.energy.double() - constants
-
-
-def _rest_energy(own_class: Tensor, pairs: int, potential: Potential) -> Tensor:
-    """The energy of as many pairs, `own_class` of them of one class, if none exerts force."""
-    return (
-        own_class.double() * potential.attraction_constant
-        + (pairs - own_class).double() * potential.repulsion_constant
-    )
-
-
-def _stats(terms: FieldTerms, potential: Potential) -> Stats:
-    return Stats(
-        _active_energy(terms, potential).sum(),
-        terms.attracting.sum(),
-        terms.repelling.sum(),
-        torch.nn.functional.pad(terms.nearest, (0, 1), value=torch.inf).amin().sqrt(),
-        terms.active_share,
-    )
-
-
-def _joined(mutual: Stats, cross: Stats, n: int, m: int) -> Stats:
-    """The stats of a field of n points and that of m sources on them, together."""
-    share = mutual.active_share * n + cross.active_share * m
-    return Stats(
-        mutual.active_energy + cross.active_energy,
-        mutual.attracting_pairs + cross.attracting_pairs,
-        mutual.repelling_pairs + cross.repelling_pairs,
-        torch.minimum(mutual.smallest_distance, cross.smallest_distance),
-        share / max(n + m, 1),
-    )
-
-
-def _nan_unless_finite(points: Tensor) -> Tensor:
-    """0 for each point [N], or NaN where it or its squared norm is not finite: such a point is near
-    to nothing and exerts no force, so that without this it would vanish instead of showing."""
-    dtype = torch.promote_types(points.dtype, torch.float32)
-    return torch.linalg.vector_norm(points.detach(), dim=1, dtype=dtype) * 0
-
-
-def _chosen_basis(prune: bool, points: Tensor, basis: Tensor | None) -> Tensor | None:
-    """The basis of the sketch, or None if there is to be none."""
+def _chosen_basis(prune: bool, points: Tensor) -> Tensor | None:
+    """The basis of the sketch if one knows nothing of the points, or None not to prune."""
     if not isinstance(prune, bool):
         raise TypeError(f"prune must be a bool, got {prune!r}")
-    if not prune:
-        return None
-    return random_basis(points.shape[1], points.device) if basis is None else basis
+    return random_basis(points.shape[1], points.device) if prune else None
 
 
 def _choose_backend(backend: str, points: Tensor, potential: Potential) -> Backend:
@@ -396,17 +364,17 @@ def _choose_backend(backend: str, points: Tensor, potential: Potential) -> Backe
             f"alpha = {potential.alpha}, min_distance = {potential.min_distance}"
         )
     if backend == "torch":
-        return torch_backend.field_terms
+        return torch_backend
     obstacle = (
         f"Triton cannot be imported here ({torch.__version__=})"
         if _triton_backend is None
         else _triton_backend.obstacle(points)
     )
     if obstacle is None and (backend == "triton" or points.is_cuda):
-        return _triton_backend.field_terms
+        return _triton_backend
     if backend == "triton":
         raise ValueError(f'backend="triton" cannot serve: {obstacle}; use backend="torch"')
-    return torch_backend.field_terms
+    return torch_backend
 
 
 def _check_potential(potential: Potential | None) -> Potential:

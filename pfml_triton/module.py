@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .functional import BACKENDS, REDUCTIONS, _check_cloud, _check_finite, energy_and_stats
+from .functional import BACKENDS, REDUCTIONS, Stats, _check_cloud, _check_finite, total_energy
 from .potential import Potential
 from .sketch import random_basis, sound_basis, turned_basis
 
@@ -56,7 +56,6 @@ class PFMLLoss(nn.Module):
 
     proxies: nn.Parameter
     sketch_basis: Tensor
-    last_stats: dict[str, Tensor] | None
 
     def __init__(
         self,
@@ -105,7 +104,8 @@ class PFMLLoss(nn.Module):
         basis = random_basis(embedding_size, torch.get_default_device())
         self.register_buffer("sketch_basis", basis.clone(), persistent=False)
         self._known_basis: tuple[Tensor, int] | None = None  # and its version
-        self.last_stats = None
+        self._proxy_labels: Tensor | None = None  # made where they are wanted
+        self._totals: Tensor | None = None  # of the last call
         self._calls = 0  # in training
         self.reset_parameters()
 
@@ -161,7 +161,6 @@ class PFMLLoss(nn.Module):
             _check_finite(self.proxies.flatten(0, 1), "proxies")
         if (ref_emb is None) != (ref_labels is None):
             raise ValueError("ref_emb and ref_labels go together, but only one of them was given")
-        sources = None
         if ref_emb is not None and ref_labels is not None:
             _check_cloud(ref_emb, ref_labels, "ref_emb", "ref_labels", "R")
             if ref_emb.shape[1] != self.embedding_size or ref_emb.device != embeddings.device:
@@ -171,29 +170,33 @@ class PFMLLoss(nn.Module):
                 )
             if self.validate:
                 _check_finite(ref_emb, "ref_emb")
-        dtype = torch.promote_types(embeddings.dtype, torch.float32)
-        # Normalised in float32, too, whatever the ambient autocast dtype is.
-        with torch.autocast(embeddings.device.type, enabled=False):
-            proxies = self.proxies.flatten(0, 1).to(dtype)
-            points = self._place(torch.cat([embeddings.to(dtype), proxies]))
-            basis = self._basis(points[: len(embeddings)]) if self.prune else None
-            if ref_emb is not None:
-                sources = self._place(ref_emb.to(dtype))
-            classes = torch.arange(self.num_classes, device=labels.device)
-            proxy_labels = classes.repeat_interleave(self.proxies_per_class)
-            energy, stats = energy_and_stats(
-                points,
-                torch.cat([labels.to(torch.int64), proxy_labels]),
-                self.potential,
-                sources=sources,
-                source_labels=ref_labels,
-                reduction=self.reduction,
-                prune=self.prune,
-                backend=self.backend,
-                basis=basis,
-            )
-        self.last_stats = stats._asdict()
-        return energy
+        basis = self._basis(embeddings) if self.prune else None
+        value, self._totals = total_energy(
+            embeddings,
+            torch.cat([labels.to(torch.int64), self._labels_of_proxies()]),
+            self.potential,
+            proxies=self.proxies.to(torch.promote_types(embeddings.dtype, torch.float32)),
+            unit=self.normalize,
+            sources=ref_emb,
+            source_labels=ref_labels,
+            reduction=self.reduction,
+            backend=self.backend,
+            basis=basis,
+        )
+        return value
+
+    @property
+    def last_stats(self) -> dict[str, Tensor] | None:
+        """What the last call found, see the attributes of the class."""
+        return None if self._totals is None else Stats.of(self._totals)._asdict()
+
+    def _labels_of_proxies(self) -> Tensor:
+        """[C M] int64, where the proxies are. No buffer: to_empty() would leave it unfilled."""
+        labels, device = self._proxy_labels, self.proxies.device
+        if labels is None or labels.device != device:
+            classes = torch.arange(self.num_classes, device=device)
+            labels = self._proxy_labels = classes.repeat_interleave(self.proxies_per_class)
+        return labels
 
     @torch.no_grad()
     def _basis(self, embeddings: Tensor) -> Tensor:
@@ -212,7 +215,9 @@ class PFMLLoss(nn.Module):
         if self.training and not capturing:
             calls = self._calls
             if calls % _TURN_EVERY == 0 or (calls < _TURN_EVERY and calls & (calls - 1) == 0):
-                basis = turned_basis(basis, embeddings)
+                # Whatever the ambient autocast dtype is.
+                with torch.autocast(embeddings.device.type, enabled=False):
+                    basis = turned_basis(basis, self._place(embeddings.float()))
             self._calls += 1
         if basis is not known:
             buffer = self.sketch_basis

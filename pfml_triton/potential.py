@@ -154,6 +154,37 @@ class FieldTerms(NamedTuple):
     energy: torch.Tensor  # [N] floating point, sum of psi over the active pairs of each point
     attracting: torch.Tensor  # [N] integers, active pairs of one class
     repelling: torch.Tensor  # [N] integers, active pairs of two classes
+    own_class: torch.Tensor  # [N] integers, all pairs of one class, a point's with itself included
     grad: torch.Tensor | None  # [N, D] floating point, d energy_i / d x_i
     nearest: torch.Tensor  # [N] floating point, smallest d^2 of the repelling pairs; inf if none
-    active_share: torch.Tensor  # floating-point scalar, share of tiles that the filter lets through
+    active: torch.Tensor  # [any] integers: tiles of pairs that the filter lets through, in parts
+    tiles: int  # of pairs
+
+
+# What is in the totals of a field, a vector of float64; counts are exact up to 2^53.
+TOTALS = (
+    "active_energy",  # what the active pairs have above their constants
+    "attracting_pairs",
+    "repelling_pairs",
+    "smallest_distance",  # of repelling pairs; inf if none
+    "active_share",  # of tiles
+    "energy",  # of all pairs of distinct points, the constants of those at rest included
+    "nothing",  # 0; NaN if a point, or its squared norm in float32, is not finite: it is near to
+    # nothing and exerts no force, so that without this it would vanish instead of showing
+)
+
+
+class Split(NamedTuple):
+    """How the points of a cloud come from two tensors, and which of them want a gradient."""
+
+    b: int  # points of the first, N - b of the second
+    dtypes: tuple[torch.dtype | None, torch.dtype | None]  # None where no gradient is wanted
+
+    def empty(self, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Buffers for the gradients, where those of all points are `grad` [N, D]."""
+        sizes = (self.b, len(grad) - self.b)
+        first, second = (
+            None if dtype is None else grad.new_empty(size, grad.shape[1], dtype=dtype)
+            for size, dtype in zip(sizes, self.dtypes, strict=True)
+        )
+        return first, second

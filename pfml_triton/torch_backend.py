@@ -14,12 +14,14 @@ N^2 / 4096 bytes.
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .potential import FieldTerms, Potential
+from .potential import FieldTerms, Potential, Split
 from .sketch import accumulation, lifted
 
 _TILE = 64  # points of a tile
@@ -32,11 +34,18 @@ _DENSE_SHARE_OF_TILE = 1 / 8  # the same for one active tile, whose product is a
 _ACTIVE_SHARE = 0.4  # of a block's tiles: from here on all of them are nominated in one product
 
 
-class _Cloud:
+_EPSILON = 1e-12  # a shorter point is scaled to unit length as if it were that long
+
+
+class Cloud:
     """Points [N, D] in the order of their class, by way of `order`; they stay where they are."""
 
-    def __init__(self, points: Tensor, labels: Tensor) -> None:
+    def __init__(
+        self, points: Tensor, inverse: Tensor | None, labels: Tensor, basis: Tensor | None
+    ) -> None:
         self.points = points
+        self.inverse = inverse  # [N], 1 / length that the points had, if they were scaled
+        self.basis = basis
         self.labels, self.order = torch.sort(labels, stable=True)
         self.tiles = -(-len(points) // _TILE)
 
@@ -55,50 +64,183 @@ class _Cloud:
         return self.labels[first], self.labels[last]
 
 
-def field_terms(
+def gather(
     x: Tensor,
-    x_labels: Tensor,
-    y: Tensor,
-    y_labels: Tensor,
+    labels: Tensor,
     potential: Potential,
     *,
-    needs_grad: bool,
+    rest: Tensor | None = None,
+    unit: bool = False,
     basis: Tensor | None = None,
-) -> FieldTerms:
-    """What the field of `y` does to the points `x`: see `FieldTerms`.
+) -> Cloud:
+    """The cloud of points `x` [B, D], and of `rest` [N - B, D] if given, in one floating dtype.
 
     Args:
-        x, y: points [N, D] and [M, D], one floating-point dtype and device.
-        x_labels, y_labels: classes [N] and [M], int64.
-        needs_grad: whether the gradient is wanted.
+        labels: classes [N], int64.
+        unit: whether to scale the points to unit length.
         basis: Q of the sketch that filters tiles; None takes all of them.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if rest is not None:
+        dtype = torch.promote_types(dtype, rest.dtype)
+        x = torch.cat([x.to(dtype), rest.to(dtype)])
+    points, inverse = x.to(dtype), None
+    if unit:
+        inverse = torch.linalg.vector_norm(points, dim=1).clamp_min_(_EPSILON).reciprocal_()
+        points = points * inverse[:, None]
+    return Cloud(points, inverse, labels, basis)
+
+
+def _in_full_precision(function: Callable[..., FieldTerms]) -> Callable[..., FieldTerms]:
+    """Whatever the ambient autocast dtype is."""
+
+    @wraps(function)
+    def wrapped(acted_on: Cloud, *args: Any, **kwargs: Any) -> FieldTerms:
+        with torch.autocast(acted_on.points.device.type, enabled=False):
+            return function(acted_on, *args, **kwargs)
+
+    return wrapped
+
+
+@_in_full_precision
+def field_terms(
+    acted_on: Cloud, acting: Cloud, potential: Potential, *, needs_grad: bool
+) -> FieldTerms:
+    """What the field of one cloud does to the points of another, or of itself: see `FieldTerms`.
 
     The energy is float64, the gradient float32 (float64 for float64 points).
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    acted_on = _Cloud(x.to(dtype), x_labels)
-    mutual = y is x and y_labels is x_labels
-    acting = acted_on if mutual else _Cloud(y.to(dtype), y_labels)
-    terms = _no_terms(acted_on.points, needs_grad)
+    active, tiles = None, acted_on.tiles * acting.tiles
+    if acted_on.basis is not None and tiles > 0:
+        active = _active_tiles(acted_on, acting, potential, acted_on.basis)
+    terms = _no_terms(acted_on.points, needs_grad)._replace(
+        own_class=_own_class(acted_on, acting),
+        active=acted_on.labels.new_full((), tiles) if active is None else active.sum(),
+        tiles=tiles,
+    )
     whole: range | list[int]
-    if len(x) == 0 or len(y) == 0:
+    if tiles == 0:
         return terms
-    tiles = max(1, _BLOCK_PAIRS // len(y) // _TILE)  # of a row block
-    if basis is None:
-        whole = range(0, acted_on.tiles, tiles)
+    height = max(1, _BLOCK_PAIRS // len(acting) // _TILE)  # of a row block, in tiles
+    if active is None:
+        whole = range(0, acted_on.tiles, height)
     else:
-        active = _active_tiles(acted_on, acting, potential, basis)
-        shares = [float(part.mean(dtype=torch.float32)) for part in active.split(tiles)]
-        whole = [i * tiles for i, share in enumerate(shares) if share > _ACTIVE_SHARE]
-        terms.active_share.copy_(active.mean(dtype=torch.float64))
+        shares = [float(part.mean(dtype=torch.float32)) for part in active.split(height)]
+        whole = [i * height for i, share in enumerate(shares) if share > _ACTIVE_SHARE]
         for start in whole:
-            active[start : start + tiles] = False
+            active[start : start + height] = False
         rows, columns = active.nonzero(as_tuple=True)
         for some_rows, some_columns in zip(rows.split(_CHUNK), columns.split(_CHUNK), strict=True):
             _active_pairs(terms, acted_on, acting, some_rows, some_columns, potential)
     if len(whole):
-        _whole_blocks(terms, acted_on, acting, whole, tiles * _TILE, potential)
+        _whole_blocks(terms, acted_on, acting, whole, height * _TILE, potential)
     return terms
+
+
+def total(
+    terms: FieldTerms,
+    acted_on: Cloud,
+    acting: Cloud,
+    potential: Potential,
+    *,
+    mean: bool = False,
+    before: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The value of the loss, a scalar, and its `TOTALS`, a vector.
+
+    Args:
+        terms: of the field of `acting` on `acted_on`.
+        mean: whether the value is the energy over the number of ordered pairs of distinct points.
+        before: totals of the field of `acted_on` on itself, which are then included.
+    """
+    n, m, mutual = len(acted_on), len(acting), acting is acted_on
+    pairs = n * (m - 1) if mutual else n * m
+    own_class = terms.own_class.sum() - (n if mutual else 0)
+    above = active_energy(terms, potential).sum()
+    at_rest = rest_energy(own_class, pairs, potential)
+    nothing = nan_unless_finite(acted_on.points).sum()
+    if not mutual:
+        nothing = nothing + nan_unless_finite(acting.points).sum()
+    nearest = torch.nn.functional.pad(terms.nearest, (0, 1), value=torch.inf).amin().sqrt()
+    share = terms.active.sum() / max(terms.tiles, 1)
+    found = (above, terms.attracting.sum(), terms.repelling.sum(), nearest, share)
+    totals = torch.stack([t.double() for t in (*found, above + at_rest, nothing)])
+    if before is not None:
+        pairs += n * (n - 1)
+        joined = before + totals
+        joined[3] = torch.minimum(before[3], totals[3])
+        joined[4] = (before[4] * n + totals[4] * m) / max(n + m, 1)
+        totals = joined
+    energy, nothing = totals[5:]
+    value = energy / max(pairs, 1) if mean else energy
+    return (value + nothing).to(acted_on.points.dtype), totals
+
+
+def pull_back(
+    grad: Tensor,
+    points: Tensor,
+    inverse: Tensor | None,
+    *,
+    grad_output: Tensor,
+    totals: Tensor,
+    split: Split,
+    pairs: int = 1,
+    twice: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of what a cloud was gathered from: of `x` [B, D], and of `rest` [N - B, D].
+
+    Args:
+        grad: [N, D] of the energy in the points, or of half of it if `twice`.
+        points, inverse: of the cloud.
+        grad_output: the derivative in the value of the loss, a scalar.
+        totals: of the energy; they make the gradient NaN if a point was not finite.
+        split: which gradients are wanted, and how they look.
+        pairs: that the energy is divided by.
+    """
+    factor = (grad_output * ((2 if twice else 1) / pairs) + totals[6]).to(grad.dtype)
+    if inverse is None:
+        grad = grad * factor
+    else:  # y = x / |x| varies across itself only, but for a length that was _EPSILON
+        along = torch.linalg.vecdot(grad, points) * (inverse * _EPSILON < 1)
+        grad = torch.addcmul(grad, along[:, None], points, value=-1) * (factor * inverse)[:, None]
+    first, second = (
+        None if dtype is None else part.to(dtype)
+        for part, dtype in zip((grad[: split.b], grad[split.b :]), split.dtypes, strict=True)
+    )
+    return first, second
+
+
+def active_energy(terms: FieldTerms, potential: Potential) -> Tensor:
+    """What the active pairs of each point have above their constants, >= 0: [N] float64.
+
+    The energy is mostly constants. This is the part of it that forces can lower.
+    """
+    constants = (
+        terms.attracting.double() * potential.attraction_constant
+        + terms.repelling.double() * potential.repulsion_constant
+    )
+    return terms.energy.double() - constants
+
+
+def rest_energy(own_class: Tensor, pairs: int, potential: Potential) -> Tensor:
+    """The energy of as many pairs, `own_class` of them of one class, if none exerts force."""
+    return (
+        own_class.double() * potential.attraction_constant
+        + (pairs - own_class).double() * potential.repulsion_constant
+    )
+
+
+def nan_unless_finite(points: Tensor) -> Tensor:
+    """0 for each point [N], or NaN where it or its squared norm is not finite."""
+    dtype = torch.promote_types(points.dtype, torch.float32)
+    return torch.linalg.vector_norm(points, dim=1, dtype=dtype) * 0
+
+
+def _own_class(acted_on: Cloud, acting: Cloud) -> Tensor:
+    """How many points of `acting` share the class of each point of `acted_on`: int64 [N]."""
+    upper = torch.searchsorted(acting.labels, acted_on.labels, right=True)
+    count = upper - torch.searchsorted(acting.labels, acted_on.labels)
+    return torch.empty_like(count).index_copy_(0, acted_on.order, count)
 
 
 def _no_terms(x: Tensor, needs_grad: bool) -> FieldTerms:
@@ -107,13 +249,15 @@ def _no_terms(x: Tensor, needs_grad: bool) -> FieldTerms:
         x.new_zeros(len(x), dtype=torch.float64),
         none[0],
         none[1],
+        none[0],
         torch.zeros_like(x) if needs_grad else None,
         x.new_full((len(x),), torch.inf, dtype=torch.float64),
-        x.new_ones((), dtype=torch.float64),
+        none[0],
+        0,
     )
 
 
-def _active_tiles(acted_on: _Cloud, acting: _Cloud, potential: Potential, basis: Tensor) -> Tensor:
+def _active_tiles(acted_on: Cloud, acting: Cloud, potential: Potential, basis: Tensor) -> Tensor:
     """Which pairs of tiles may hold a pair that exerts force: bool [tiles of x, tiles of y]."""
     rows, columns = _sketches(acted_on, potential, basis)
     mutual = acting is acted_on
@@ -135,7 +279,7 @@ def _active_tiles(acted_on: _Cloud, acting: _Cloud, potential: Potential, basis:
     return active | active.T if mutual else active
 
 
-def _sketches(cloud: _Cloud, potential: Potential, basis: Tensor) -> tuple[Tensor, Tensor]:
+def _sketches(cloud: Cloud, potential: Potential, basis: Tensor) -> tuple[Tensor, Tensor]:
     """The factors of the test by rank, padded to whole tiles with points that are near nothing."""
     points = cloud.points.float()
     error = accumulation(points.shape[1]) + 2.0**-24
@@ -183,8 +327,8 @@ def _slack(depth: int, dtype: torch.dtype) -> float:
 
 def _active_pairs(
     terms: FieldTerms,
-    acted_on: _Cloud,
-    acting: _Cloud,
+    acted_on: Cloud,
+    acting: Cloud,
     rows: Tensor,
     columns: Tensor,
     potential: Potential,
@@ -226,8 +370,8 @@ def _active_pairs(
 
 def _whole_blocks(
     terms: FieldTerms,
-    acted_on: _Cloud,
-    acting: _Cloud,
+    acted_on: Cloud,
+    acting: Cloud,
     starts: range | list[int],
     height: int,
     potential: Potential,
@@ -281,9 +425,11 @@ def _add(terms: FieldTerms, index: Tensor, part: FieldTerms) -> None:
 
 def _accumulate(terms: FieldTerms, part: FieldTerms) -> None:
     """Add further terms of the same points."""
-    for mine, its in zip(terms[:4], part[:4], strict=True):
-        if mine is not None and its is not None:
-            mine.add_(its)
+    terms.energy.add_(part.energy)
+    terms.attracting.add_(part.attracting)
+    terms.repelling.add_(part.repelling)
+    if terms.grad is not None and part.grad is not None:
+        terms.grad.add_(part.grad)
     torch.minimum(terms.nearest, part.nearest, out=terms.nearest)
 
 
@@ -369,9 +515,11 @@ def _dense(
         psi.sum(2, dtype=torch.float64).flatten(),
         (active & same).sum(2).flatten(),
         repels.sum(2).flatten(),
+        repels.new_zeros(0),  # counted elsewhere, like the tiles
         None if grad is None else grad.view(-1, depth),
         torch.where(repels, d2, torch.inf).amin(2).flatten(),
-        x.new_ones((), dtype=torch.float64),
+        repels.new_zeros(0),
+        0,
     )
     if near is not None:
         _accumulate(terms, near)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 from typing import Any
 from unittest import mock
 
@@ -27,6 +27,7 @@ def machine_code(shape: Shape, alpha: float = 3.0) -> dict[str, Any]:
     from pfml_triton import Potential
     from pfml_triton.kernels import launch
     from pfml_triton.kernels.config import tiles_for
+    from pfml_triton.potential import Split
     from pfml_triton.sketch import random_basis
 
     arch, dtype, depth = shape
@@ -36,11 +37,19 @@ def machine_code(shape: Shape, alpha: float = 3.0) -> dict[str, Any]:
     tiles = tiles_for(depth, hip=arch.startswith("gfx"), hopper=arch == "sm_90")
     codes = {}
     for needs_grad in (True, False):
+        p, (x, rest) = Potential(alpha), points.split([100, 4900])
+        split = Split(100, (x.dtype, torch.float32))
         with aot.record() as launches:
-            launch.field_terms(
-                points, labels, points, labels, Potential(alpha),
-                needs_grad=needs_grad, basis=basis, tiles=tiles,
-            )  # fmt: skip
+            cloud = launch.gather(
+                x, labels, p, rest=rest.float(), unit=True, basis=basis, tiles=tiles
+            )
+            terms = launch.field_terms(cloud, cloud, p, needs_grad=needs_grad)
+            value, totals = launch.total(terms, cloud, cloud, p)
+            if terms.grad is not None:
+                launch.pull_back(
+                    terms.grad, cloud.points, cloud.inverse,
+                    grad_output=value, totals=totals, split=split,
+                )  # fmt: skip
         for made in launches:
             name = made.kernel.__name__
             if name == "_force_kernel":
@@ -95,9 +104,8 @@ def filter_bytes(n: int, depth: int) -> int:
     labels = torch.empty(n, dtype=torch.int64, device="meta")
     basis = random_basis(depth, torch.device("cpu")).to("meta")
     with aot.record() as launches:
-        launch.field_terms(
-            points, labels, points, labels, Potential(), needs_grad=True, basis=basis
-        )
+        cloud = launch.gather(points, labels, Potential(), basis=basis)
+        launch.field_terms(cloud, cloud, Potential(), needs_grad=True)
     (near,) = (
         made.args["near_ptr"] for made in launches if made.kernel.__name__ == "_filter_kernel"
     )
@@ -116,12 +124,23 @@ def emulator() -> Any:
 
 
 def emulate(function: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """Call pfml_triton.kernels.launch.<function> with compiled sm_80 code executed on the CPU.
+    """Call a function with compiled sm_80 code executed on the CPU.
 
     Races, out-of-bounds accesses and reads of shared memory that was never written are errors.
+
+    Args:
+        function: "gather", that of pfml_triton.kernels.launch, "terms_of" (tests.clouds) or
+            "loss_and_gradients".
     """
     from bench import aot
     from pfml_triton.kernels import launch
+    from tests.clouds import terms_of
+
+    functions = {
+        "gather": launch.gather,
+        "terms_of": partial(terms_of, launch),
+        "loss_and_gradients": loss_and_gradients,
+    }
 
     def execute(made: Any) -> None:
         result = emulator().run(
@@ -129,5 +148,25 @@ def emulate(function: str, arguments: tuple[Any, ...], options: dict[str, Any]) 
         )
         assert not result.uninit_reads, result.uninit_reads
 
-    with aot.record(execute):
-        return getattr(launch, function)(*arguments, **options)
+    with mock.patch.object(launch, "obstacle", return_value=None), aot.record(execute):
+        return functions[function](*arguments, **options)
+
+
+def loss_and_gradients(settings: dict[str, Any], *inputs: Any) -> list[Any]:
+    """Value, stats and gradients of a loss with seeded proxies, of embeddings, labels and a memory
+    bank with its labels."""
+    import torch
+
+    from pfml_triton import PFMLLoss
+
+    torch.manual_seed(0)
+    loss = PFMLLoss(**settings)
+    embeddings, labels, *bank = (x.clone() if x.is_floating_point() else x for x in inputs)
+    embeddings.requires_grad_()
+    if bank:
+        bank[0].requires_grad_()
+    value = loss(embeddings, labels, None, *bank)
+    (3 * value).backward()
+    assert loss.last_stats is not None
+    leaves = [embeddings, loss.proxies, *bank[:1]]
+    return [value.detach(), *loss.last_stats.values(), *(leaf.grad for leaf in leaves)]

@@ -98,8 +98,8 @@ def test_the_filter_kernel_drops_no_repelling_pair(
 ) -> None:
     x, labels = cloud(kind, n, depth, classes, torch.float32, seed)
     tiles = tiles_for(depth, hopper=wide)
-    packed = launch.pack(x, labels, tiles, potential.repulsion_radius, basis(x))
-    near = launch.near_tiles(packed, packed, tiles)
+    packed = launch.gather(x, labels, potential, basis=basis(x), tiles=tiles)
+    near = launch.near_tiles(packed, packed)
     bits = (near[:, :, None] >> torch.arange(8)) & 1
     let_through = bits.flatten(1).repeat_interleave(16, 0).repeat_interleave(16, 1)[:n, :n]
     x, labels = x[packed.order[:n]], labels[packed.order[:n]]

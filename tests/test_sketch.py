@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from pfml_triton.sketch import (
     sound_basis,
     turned_basis,
 )
+from tests.clouds import terms_of
 
 CPU = torch.device("cpu")
 DEPTHS = (1, 2, 7, 28, 60, 61, 64, 200, 512, 1000, 2048)
@@ -159,7 +161,7 @@ def test_backends_drop_nothing(
 
 
 def field_terms(backend: str) -> Callable[..., FieldTerms]:
-    return torch_backend.field_terms if backend == "torch" else launch.field_terms
+    return partial(terms_of, torch_backend if backend == "torch" else launch)
 
 
 @pytest.mark.parametrize("depth", DEPTHS)

@@ -16,6 +16,7 @@ from tests.clouds import (
     assert_terms_near,
     cloud,
     eager,
+    terms_of,
     truth,
 )
 
@@ -65,7 +66,7 @@ def test_exponents_and_depths(alpha: float, depth: int) -> None:
     x, labels = cloud("collisions", 60, depth, 3, torch.float32)
     p = Potential(alpha, 0.2, 0.3, 0.02)
     terms, alone = (
-        torch_backend.field_terms(x, labels, x, labels, p, needs_grad=needs_grad)
+        terms_of(torch_backend, x, labels, x, labels, p, needs_grad=needs_grad)
         for needs_grad in (True, False)
     )
     true_energy, true_grad = truth(x, labels, p)
@@ -99,7 +100,7 @@ def test_many_and_few_pairs_in_one_call_choose_both_paths() -> None:
     labels[:700] = 5000
     p = Potential()
     terms, exact = (
-        torch_backend.field_terms(z, labels, z, labels, p, needs_grad=True) for z in (x, x.double())
+        terms_of(torch_backend, z, labels, z, labels, p, needs_grad=True) for z in (x, x.double())
     )
     assert_terms_near(terms, exact, torch.float32)
 
@@ -121,7 +122,7 @@ def test_nominated_in_spite_of_the_products_rounding(
 ) -> None:
     monkeypatch.setattr(torch_backend, "_DENSE_SHARE", 2.0)
     x, labels = partners(distance, norm, depth)
-    terms = torch_backend.field_terms(x, labels, x, labels, Potential(), needs_grad=False)
+    terms = terms_of(torch_backend, x, labels, x, labels, Potential(), needs_grad=False)
     exact = torch.cdist(x.double(), x.double(), compute_mode="donot_use_mm_for_euclid_dist")
     assert torch.equal(terms.repelling, (exact < 0.2).sum(1) - 1)
 
@@ -157,9 +158,7 @@ def test_far_from_the_origin_both_paths_agree(monkeypatch: pytest.MonkeyPatch) -
     results = []
     for share in (2.0, -1.0):
         monkeypatch.setattr(torch_backend, "_DENSE_SHARE", share)
-        results.append(
-            torch_backend.field_terms(x, labels, x, labels, Potential(), needs_grad=True)
-        )
+        results.append(terms_of(torch_backend, x, labels, x, labels, Potential(), needs_grad=True))
     assert_terms_near(*results, torch.float32)
 
 
@@ -172,7 +171,7 @@ def test_duplicates_with_conflicting_labels(norm: float, alpha: float, m: float)
     labels = torch.arange(64) // 16
     p = Potential(alpha, 0.2, None, m)
     terms, exact = (
-        torch_backend.field_terms(z, labels, z, labels, p, needs_grad=True) for z in (x, x.double())
+        terms_of(torch_backend, z, labels, z, labels, p, needs_grad=True) for z in (x, x.double())
     )
     assert_terms_near(terms, exact, torch.float32)
 
@@ -183,7 +182,7 @@ def test_near_pairs_of_two_far_clumps() -> None:
     labels = torch.arange(4)
     p = Potential(3.0, 0.2, None, 1e-3)
     terms, exact = (
-        torch_backend.field_terms(z, labels, z, labels, p, needs_grad=True) for z in (x, x.double())
+        terms_of(torch_backend, z, labels, z, labels, p, needs_grad=True) for z in (x, x.double())
     )
     assert_terms_near(terms, exact, torch.float32)
 

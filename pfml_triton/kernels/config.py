@@ -14,6 +14,7 @@ from dataclasses import dataclass
 FUSED = {"enable_fp_fusion": True}  # stated, for its default differs between Tritons
 # Fixed by the bits of filter.py: an active tile, and the rows of a block of the filter.
 TILE_M, TILE_N, FILTER_M = 16, 64, 128
+ROWS = 256  # clouds are padded to as many, for blocks of the filter of either width
 FEW = 4096  # points: tiles of them are fewer than two or three programs a multiprocessor
 MANY = 1 << 20  # points, where their number is not known
 MAX_SLICES = 4  # of 128; with eight the gradients no longer fit the registers of sm_80
@@ -55,7 +56,7 @@ class Tiles:
 
 
 def padded_depth(depth: int) -> int:
-    """`depth` as the table pads it where one program holds all of it."""
+    """What the depth of coarse points is padded to, whatever the tile shapes."""
     if depth <= 128:
         return max(16, 1 << (depth - 1).bit_length())
     return -(-depth // 128) * 128

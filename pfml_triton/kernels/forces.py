@@ -77,18 +77,18 @@ def _difference(x_row, y, d, D, PADDED: tl.constexpr, real: tl.constexpr):
     return _at(x_row, d, D, PADDED).to(real) - y.to(real)
 
 
-@triton.jit(do_not_specialize=["N", "tiles_x", "tiles_y", "steps"])
+@triton.jit(do_not_specialize=["N", "M", "tiles_x", "tiles_y", "steps"])
 def _force_kernel(
     x_ptr,  # [N, D], the points that are acted on, as the caller has them
-    x_order_ptr,  # [P] int64, which of them comes in which row
+    x_order_ptr,  # [N] int64, which of them comes in which row
     x_coarse_ptr,  # [P, depth] bfloat16, the same in that order, rounded
-    x_label_ptr,  # [P] int64
+    x_label_ptr,  # [N] int64
     x_sq_norm_ptr,  # [P], |coarse|^2; NaN in padded rows
     x_radius_ptr,  # [P], >= |point - coarse|
     y_ptr,  # [M, D], the points that act
-    y_order_ptr,  # [Q] int64
+    y_order_ptr,  # [M] int64
     y_coarse_ptr,  # [Q, depth]
-    y_label_ptr,  # [Q]
+    y_label_ptr,  # [M]
     y_sq_norm_ptr,  # [Q]
     y_radius_ptr,  # [Q]
     y_first_label_ptr,  # [Q / BLOCK_N] int64
@@ -100,6 +100,7 @@ def _force_kernel(
     energy_ptr,  # [N + 16 E] out, energy of every point from the pairs that exert force on it
     attracting_ptr,  # [N + 16 E] int32 out, how many of them attract
     repelling_ptr,  # [N + 16 E] int32 out, how many repel
+    own_class_ptr,  # [N + 16 E] int32 out, how many there are of its class, exerting force or not
     nearest_ptr,  # [N + 16 E] out, the smallest d^2 of those that repel
     active_ptr,  # [tiles_x] int32 out, active tiles of each row tile
     grad_ptr,  # [N + 16 E, D] out, the derivative of the energy in the point
@@ -107,6 +108,7 @@ def _force_kernel(
     stride_yn,
     stride_near,
     N,
+    M,
     D,
     depth,
     coarse_depth,
@@ -165,10 +167,10 @@ def _force_kernel(
     rows = tile_x * BLOCK_M + in_x
     k = tl.arange(0, BLOCK_K)
     d = tl.arange(0, BLOCK_D)
-    x_order = tl.load(x_order_ptr + rows)
+    x_order = tl.load(x_order_ptr + rows, mask=rows < N, other=0)
     x_row = x_ptr + x_order * stride_xn
     x_coarse_tile = x_coarse_ptr + (tile_x * BLOCK_M).to(tl.int64) * depth
-    x_label = tl.load(x_label_ptr + rows)
+    x_label = tl.load(x_label_ptr + rows, mask=rows < N, other=0)
     x_sq_norm = tl.load(x_sq_norm_ptr + rows)
     x_radius = tl.load(x_radius_ptr + rows)
     x_first_label = tl.load(x_label_ptr + tile_x * BLOCK_M)
@@ -181,6 +183,7 @@ def _force_kernel(
     energy = tl.zeros((BLOCK_M,), real)
     attracting = tl.zeros((BLOCK_M,), tl.int32)
     repelling = tl.zeros((BLOCK_M,), tl.int32)
+    own_class = tl.zeros((BLOCK_M,), tl.int32)
     nearest = tl.full((BLOCK_M,), float("inf"), real)
     grad = ()
     for i in tl.static_range(SLICES):
@@ -215,7 +218,9 @@ def _force_kernel(
             coarse_d2 = norms - 2.0 * product
             outer = rep_radius + margin
             inner = tl.maximum(att_radius - margin, 0.0)
-            same = x_label[:, None] == tl.load(y_label_ptr + cols)[None, :]
+            y_label = tl.load(y_label_ptr + cols, mask=cols < M, other=0)
+            same = (x_label[:, None] == y_label[None, :]) & (cols < M)[None, :]
+            own_class += tl.sum(same.to(tl.int32), 1)  # a tile that shares a label is active
             nominated = tl.where(
                 same,
                 coarse_d2 >= inner * inner - slack * norms,
@@ -247,9 +252,9 @@ def _force_kernel(
                         difference = _difference(x_row, y, start + d, D, PADDED, real)
                         squares += difference * difference
                 d2 = tl.sum(squares, 1)
-                y_label = tl.load(y_label_ptr + chosen)
-                attracts = taken & (x_label == y_label) & (d2 >= att_sq_radius)
-                repels = taken & (x_label != y_label) & (d2 < rep_sq_radius)
+                chosen_label = tl.load(y_label_ptr + chosen)
+                attracts = taken & (x_label == chosen_label) & (d2 >= att_sq_radius)
+                repels = taken & (x_label != chosen_label) & (d2 < rep_sq_radius)
                 attracting += attracts.to(tl.int32)
                 repelling += repels.to(tl.int32)
                 nearest = tl.where(repels, tl.minimum(nearest, d2), nearest)
@@ -281,6 +286,7 @@ def _force_kernel(
         tl.store(energy_ptr + out_row, energy, mask=owned)
         tl.store(attracting_ptr + out_row, attracting, mask=owned)
         tl.store(repelling_ptr + out_row, repelling, mask=owned)
+        tl.store(own_class_ptr + out_row, own_class, mask=owned)
         tl.store(nearest_ptr + out_row, nearest, mask=owned)
         if extra < 0:
             tl.store(active_ptr + tile_x, active)

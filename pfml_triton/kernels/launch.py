@@ -1,25 +1,28 @@
 """From tensors to launches: the Triton backend.
 
-Pack each cloud, filter, forces; where lists can be long, count and plan before the forces, and join
-after them. No host synchronisation, no atomics, grids that depend on shapes only.
+Pack each cloud, filter, forces, total; where lists can be long, count and plan before the forces,
+and join after them. In backward, pull back. No host synchronisation, no atomics, grids that depend
+on shapes only.
 """
 
 from __future__ import annotations
 
+from ctypes import c_float
 from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
 
-from ..potential import FieldTerms, Potential
+from ..potential import TOTALS, FieldTerms, Potential, Split
 from ..sketch import LIFT, REACH, SLACK, accumulation, sketch_depth
 from . import tuning
-from .config import FILTER_M, FUSED, TILE_M, TILE_N, Tiles
+from .config import FILTER_M, FUSED, ROWS, TILE_M, TILE_N, Tiles, padded_depth
 from .filter import _filter_kernel
 from .forces import _force_kernel
-from .pack import _pack_kernel
+from .pack import _pack_kernel, _pull_back_kernel
 from .plan import _count_kernel, _join_kernel, _plan_kernel
+from .total import _total_kernel
 
 INTERPRETED = not isinstance(_force_kernel, triton.JITFunction)
 _tiles_here = tuning.tiles_here
@@ -43,12 +46,13 @@ def obstacle(points: Tensor) -> str | None:
 class Cloud:
     """N points and what the kernels make of them, in the order of their class.
 
-    P rows, a whole number of tiles and of filter blocks; depth, D padded to whole slices.
+    P rows, a whole number of tiles and of filter blocks; depth, D padded (`padded_depth`).
     """
 
-    points: Tensor  # [N, D], the caller's, where they are
-    order: Tensor  # [P] int64, which point comes in which row
-    labels: Tensor  # [P] int64
+    points: Tensor  # [N, D], in the caller's order
+    inverse: Tensor | None  # [N], 1 / length that the points had, if they were scaled
+    order: Tensor  # [N] int64, which point comes in which row
+    labels: Tensor  # [N] int64
     coarse: Tensor  # [P, depth] bfloat16 (float32 holding bfloat16 values under the interpreter)
     sq_norm: Tensor  # [P] float32 (float64 for float64 points), NaN in padded rows
     radius: Tensor  # [P], like sq_norm
@@ -56,51 +60,82 @@ class Cloud:
     last_label: Tensor  # [P / TILE_N] int64
     left: Tensor  # [P, K] like coarse, the sketch as left factor of the filter's test
     right: Tensor  # [P, K], as right factor
+    tiles: Tiles
+
+    def __len__(self) -> int:
+        return len(self.points)
 
 
-def pack(x: Tensor, labels: Tensor, tiles: Tiles, delta_rep: float, basis: Tensor | None) -> Cloud:
-    """Order points `x` [N, D] by `labels` [N] int64, coarsen them, and sketch them.
+def gather(
+    x: Tensor,
+    labels: Tensor,
+    potential: Potential,
+    *,
+    rest: Tensor | None = None,
+    unit: bool = False,
+    basis: Tensor | None = None,
+    tiles: Tiles | None = None,
+) -> Cloud:
+    """The cloud of points `x` [B, D], and of `rest` [N - B, D] if given.
 
-    `basis` [D, at most 60] bfloat16 is that of the sketch for a repulsion of radius `delta_rep`;
-    None leaves the sketch out.
+    Args:
+        labels: classes [N], int64.
+        rest: more points, float32 or wider; both are then copied, in the dtype of `rest`.
+        unit: whether to scale the points to unit length, in float32 or the points' wider dtype.
+        basis: [D, at most 60] bfloat16, that of the sketch; None leaves the sketch out.
+        tiles: tile shapes; None takes those of the tuning file or the table (tuning.py).
     """
-    n, dim = x.shape
-    points = x if x.stride(1) == 1 else x.contiguous()
-    height = max(FILTER_M, tiles.filter_n)
-    rows = triton.cdiv(n, height) * height
-    depth = triton.cdiv(dim, tiles.depth_multiple) * tiles.depth_multiple
-    sorted_labels, order = torch.sort(labels, stable=True)
-    sorted_labels, order = (
-        torch.nn.functional.pad(t, (0, rows - n)) for t in (sorted_labels, order)
-    )
-    # The interpreter multiplies in numpy, which has no bfloat16.
-    coarse_dtype = torch.float32 if INTERPRETED else torch.bfloat16
-    real = torch.promote_types(x.dtype, torch.float32)
-    coarse = x.new_empty(rows, depth, dtype=coarse_dtype)
-    sq_norm, radius = x.new_empty(2, rows, dtype=real)
-    first_label, last_label = labels.new_empty(2, rows // TILE_N)
+    (b, dim), n = x.shape, len(labels)
+    inverse, is_placed = None, unit or rest is not None
+    real = torch.promote_types(x.dtype, torch.float32) if rest is None else rest.dtype
+    if tiles is None:
+        dtype = real if is_placed else x.dtype
+        tiles = _tiles_here(x, n, dtype, labels, potential, rest, unit, basis)
+    points = x = x if x.stride(1) == 1 else x.contiguous()
+    if rest is None:
+        rest = x
+    else:
+        rest = rest if rest.stride(1) == 1 else rest.contiguous()
+    rows, depth = triton.cdiv(n, ROWS) * ROWS, padded_depth(dim)
+    if is_placed:
+        points = x.new_empty(n, dim, dtype=real)
+    if unit:
+        inverse = x.new_empty(n, dtype=real)
     k = sketch_depth(dim)
     width = min(dim, k - LIFT)
     if basis is not None:
         assert basis.shape == (dim, width), basis.shape
         assert basis.is_contiguous()
-    left, right = x.new_empty(2, 0 if basis is None else rows, k, dtype=coarse_dtype)
-    _pack_kernel[(rows // TILE_N,)](
-        points, order, sorted_labels, coarse, sq_norm, radius, first_label, last_label,
-        coarse if basis is None else basis, left, right,
-        points.stride(0), n, dim, depth,
-        REACH * delta_rep, accumulation(dim), SLACK,
-        SKETCHED=basis is not None, WIDTH=width, K=k,
-        BLOCK_M=TILE_N, BLOCK_D=tiles.block_d, num_warps=tiles.pack_warps, **FUSED,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        sorted_labels, order = torch.sort(labels, stable=True)
+        # The interpreter multiplies in numpy, which has no bfloat16.
+        coarse_dtype = torch.float32 if INTERPRETED else torch.bfloat16
+        coarse = x.new_empty(rows, depth, dtype=coarse_dtype)
+        sq_norm, radius = x.new_empty(rows, dtype=real), x.new_empty(rows, dtype=real)
+        first_label = labels.new_empty(rows // TILE_N)
+        last_label = labels.new_empty(rows // TILE_N)
+        sketched = 0 if basis is None else rows
+        left, right = (x.new_empty(sketched, k, dtype=coarse_dtype) for _ in range(2))
+        _pack_kernel[(rows // TILE_N,)](
+            x, rest, points, sq_norm if inverse is None else inverse,
+            order, sorted_labels, coarse, sq_norm, radius, first_label, last_label,
+            coarse if basis is None else basis, left, right,
+            x.stride(0), rest.stride(0), b, n, dim, depth,
+            REACH * potential.repulsion_radius, accumulation(dim), SLACK,
+            PLACED=is_placed, UNIT=unit, SKETCHED=basis is not None, WIDTH=width, K=k,
+            BLOCK_M=TILE_N, BLOCK_D=min(depth, 32), num_warps=tiles.pack_warps, num_stages=3,
+            **FUSED,
+        )  # fmt: skip
     return Cloud(
-        points, order, sorted_labels, coarse, sq_norm, radius, first_label, last_label, left, right
-    )
+        points, inverse, order, sorted_labels, coarse, sq_norm, radius, first_label, last_label,
+        left, right, tiles,
+    )  # fmt: skip
 
 
-def near_tiles(acted_on: Cloud, acting: Cloud, tiles: Tiles) -> Tensor:
+def near_tiles(acted_on: Cloud, acting: Cloud) -> Tensor:
     """Which tiles of 16 x 16 pairs the sketches let through: bits [P / 16, Q / 128] uint8."""
-    height, width = len(acted_on.order), len(acting.order)
+    tiles = acted_on.tiles
+    height, width = len(acted_on.sq_norm), len(acting.sq_norm)
     near = acted_on.labels.new_empty(height // TILE_M, width // 128, dtype=torch.uint8)
     if len(acted_on.left) == 0:  # not sketched: all of them
         return near.fill_(255)
@@ -116,51 +151,33 @@ def near_tiles(acted_on: Cloud, acting: Cloud, tiles: Tiles) -> Tensor:
 
 
 def field_terms(
-    x: Tensor,
-    x_labels: Tensor,
-    y: Tensor,
-    y_labels: Tensor,
-    potential: Potential,
-    *,
-    needs_grad: bool,
-    basis: Tensor | None = None,
-    tiles: Tiles | None = None,
+    acted_on: Cloud, acting: Cloud, potential: Potential, *, needs_grad: bool
 ) -> FieldTerms:
-    """What the field of `y` does to the points `x`: see `FieldTerms`.
+    """What the field of one cloud does to the points of another, or of itself: see `FieldTerms`.
 
-    Args:
-        x, y: points [N, D] and [M, D], one dtype and device; any strides.
-        x_labels, y_labels: classes [N] and [M], int64.
-        needs_grad: whether the gradient is wanted.
-        basis: Q of the sketch that filters tiles; None takes all of them.
-        tiles: tile shapes; None takes them from the tuning file or the table (tuning.py).
-
+    The tile shapes are those of the points that are acted on.
     The energy and the gradient are float32 (float64 for float64 points, under the interpreter).
     """
-    n, dim = x.shape
-    real = torch.promote_types(x.dtype, torch.float32)
-    if n == 0 or len(y) == 0:
+    x, tiles, n, m = acted_on.points, acted_on.tiles, len(acted_on), len(acting)
+    dim, real = x.shape[1], acted_on.sq_norm.dtype
+    if n == 0 or m == 0:
         nothing = x.new_zeros(n, dtype=torch.int32)
         still = x.new_zeros(n, dim, dtype=real) if needs_grad else None
         alone = x.new_full((n,), torch.inf, dtype=real)
-        return FieldTerms(
-            x.new_zeros(n, dtype=real), nothing, nothing, still, alone, x.new_ones((), dtype=real)
-        )
-    tiles = tiles or _tiles_here(x, x_labels, y, y_labels, potential, basis)
-    tiles_x, tiles_y = triton.cdiv(n, TILE_M), triton.cdiv(len(y), TILE_N)
+        at_rest = x.new_zeros(n, dtype=real)
+        return FieldTerms(at_rest, nothing, nothing, nothing, still, alone, nothing[:0], 0)
+    tiles_x, tiles_y = triton.cdiv(n, TILE_M), triton.cdiv(m, TILE_N)
     extra = tiles.extra_programs if tiles_y > tiles.long_list else 0
     out_rows = n + extra * TILE_M
-    energy, nearest = (x.new_empty(out_rows, dtype=real) for _ in range(2))
-    attracting, repelling = (x.new_empty(out_rows, dtype=torch.int32) for _ in range(2))
+    energy, nearest = x.new_empty(out_rows, dtype=real), x.new_empty(out_rows, dtype=real)
+    attracting, repelling, own_class = (x.new_empty(out_rows, dtype=torch.int32) for _ in range(3))
     active = x.new_empty(tiles_x, dtype=torch.int32)
     grad = x.new_empty(out_rows, dim, dtype=real) if needs_grad else energy  # not written
     with torch.cuda.device_of(x):
-        acted_on = pack(x, x_labels, tiles, potential.repulsion_radius, basis)
-        mutual = y is x and y_labels is x_labels
-        acting = acted_on if mutual else pack(y, y_labels, tiles, potential.repulsion_radius, basis)
-        near = near_tiles(acted_on, acting, tiles)
+        near = near_tiles(acted_on, acting)
         depth = acted_on.coarse.shape[1]
-        programs = depth // tiles.depth_multiple if needs_grad else 1
+        programs = triton.cdiv(dim, tiles.depth_multiple)
+        is_padded = not dim == depth == programs * tiles.depth_multiple
         extra_of, budget = active, active  # not read, but a kernel wants a pointer
         if extra:
             count, extra_of = torch.empty_like(active), torch.empty_like(active)
@@ -175,33 +192,102 @@ def field_terms(
             )  # fmt: skip
         coarse_depth = triton.cdiv(dim, tiles.block_k) * tiles.block_k
         alpha, integer = potential.alpha, round(potential.alpha)
-        _force_kernel[(tiles_x + extra, programs)](
+        _force_kernel[(tiles_x + extra, programs if needs_grad else 1)](
             acted_on.points, acted_on.order, acted_on.coarse,
             acted_on.labels, acted_on.sq_norm, acted_on.radius,
             acting.points, acting.order, acting.coarse,
             acting.labels, acting.sq_norm, acting.radius,
             acting.first_label, acting.last_label, near, extra_of, budget,
-            energy, attracting, repelling, nearest, active, grad,
+            energy, attracting, repelling, own_class, nearest, active, grad,
             acted_on.points.stride(0), acting.points.stride(0), near.stride(0),
-            n, dim, depth, coarse_depth, tiles_x, tiles_y, tiles_x.bit_length(),
+            n, m, dim, depth, coarse_depth, tiles_x, tiles_y, tiles_x.bit_length(),
             alpha, alpha - integer,
             potential.delta, potential.repulsion_radius, potential.min_distance,
             (2 * coarse_depth + 16) * 2.0**-23,
             ALPHA=integer, IS_INTEGER=alpha == integer, NEEDS_GRAD=needs_grad,
-            SHARED_OUT=extra > 0, PADDED=depth != dim, WHOLE=dim == tiles.depth_multiple,
+            SHARED_OUT=extra > 0, PADDED=is_padded, WHOLE=dim == tiles.depth_multiple,
             SLICES=tiles.slices, CHUNK=tiles.chunk, BLOCK_M=TILE_M, BLOCK_N=TILE_N,
             BLOCK_K=tiles.block_k, BLOCK_D=tiles.block_d, **tiles.options(),
         )  # fmt: skip
         if extra:
             _join_kernel[(tiles_x, triton.cdiv(dim, 128) if needs_grad else 1)](
-                extra_of, acted_on.order, energy, attracting, repelling, nearest, grad, n, dim,
-                NEEDS_GRAD=needs_grad, BLOCK_M=TILE_M, BLOCK_D=128, **FUSED,
+                extra_of, acted_on.order, energy, attracting, repelling, own_class, nearest, grad,
+                n, dim, NEEDS_GRAD=needs_grad, BLOCK_M=TILE_M, BLOCK_D=128, **FUSED,
             )  # fmt: skip
+            energy, attracting, repelling, own_class, nearest, grad = (
+                t[:n] for t in (energy, attracting, repelling, own_class, nearest, grad)
+            )
     return FieldTerms(
-        energy[:n],
-        attracting[:n],
-        repelling[:n],
-        grad[:n] if needs_grad else None,
-        nearest[:n],
-        active.sum(dtype=real) / (tiles_x * tiles_y),
-    )
+        energy, attracting, repelling, own_class, grad if needs_grad else None, nearest, active,
+        tiles_x * tiles_y,
+    )  # fmt: skip
+
+
+def total(
+    terms: FieldTerms,
+    acted_on: Cloud,
+    acting: Cloud,
+    potential: Potential,
+    *,
+    mean: bool = False,
+    before: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The value of the loss, a scalar, and its `Totals`, a vector.
+
+    Args:
+        terms: of the field of `acting` on `acted_on`.
+        mean: whether the value is the energy over the number of ordered pairs of distinct points.
+        before: totals of the field of `acted_on` on itself, which are then included.
+    """
+    value = acted_on.sq_norm.new_empty(())
+    totals = value.new_empty(len(TOTALS), dtype=torch.float64)
+    constants: list[float] = []  # each as what float32 holds of it, and the rest
+    for constant in (potential.attraction_constant, potential.repulsion_constant):
+        high = c_float(constant).value
+        constants += high, constant - high
+    with torch.cuda.device_of(value):
+        _total_kernel[(1,)](
+            terms.energy, terms.attracting, terms.repelling, terms.own_class, terms.nearest,
+            terms.active, acted_on.sq_norm, acting.sq_norm,
+            totals if before is None else before, value, totals,
+            len(acted_on), len(acting), len(terms.active), terms.tiles, *constants,
+            MUTUAL=acting is acted_on, AFTER=before is not None, MEAN=mean,
+            BLOCK=2048, num_warps=16, **FUSED,
+        )  # fmt: skip
+    return value, totals
+
+
+def pull_back(
+    grad: Tensor,
+    points: Tensor,
+    inverse: Tensor | None,
+    *,
+    grad_output: Tensor,
+    totals: Tensor,
+    split: Split,
+    pairs: int = 1,
+    twice: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of what a cloud was gathered from: of `x` [B, D], and of `rest` [N - B, D].
+
+    Args:
+        grad: [N, D] of the energy in the points, or of half of it if `twice`.
+        points, inverse: of the cloud.
+        grad_output: the derivative in the value of the loss, a scalar.
+        totals: of the energy; they make the gradient NaN if a point was not finite.
+        split: which gradients are wanted, and how they look.
+        pairs: that the energy is divided by.
+    """
+    n, dim = points.shape
+    block_d = min(128, max(16, triton.next_power_of_2(dim)))
+    first, second = split.empty(grad)
+    with torch.cuda.device_of(grad):
+        _pull_back_kernel[(triton.cdiv(n, TILE_M),)](
+            grad, points, grad if inverse is None else inverse, grad_output, totals,
+            grad if first is None else first, grad if second is None else second,
+            split.b, n, dim, pairs,
+            TWICE=twice, UNIT=inverse is not None,
+            NEEDS_X=first is not None, NEEDS_REST=second is not None,
+            BLOCK_M=TILE_M, BLOCK_D=block_d, **FUSED,
+        )  # fmt: skip
+    return first, second

@@ -1,16 +1,43 @@
-"""The pack kernel: order and coarsen a cloud of points, and sketch it."""
+"""From a caller's tensors to a cloud of points, and of gradients back.
+
+The pack kernel gathers the points of one or two tensors and scales them to unit length if asked
+to, orders and coarsens them, and sketches them. The pull-back kernel is its counterpart in
+backward.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+EPSILON = tl.constexpr(1e-12)  # a shorter point is scaled as if it were that long
 
-@triton.jit(do_not_specialize=["N"])
+
+@triton.jit
+def _entries(
+    x_ptr, rest_ptr, index, d, stride_xn, stride_rn, B, inside, real: tl.constexpr,
+    PLACED: tl.constexpr,
+):  # fmt: skip
+    """Entries d of the points `index`, of which those from B on are in the second tensor."""
+    if PLACED:
+        first = inside & (index < B)[:, None]
+        x = tl.load(x_ptr + (index * stride_xn)[:, None] + d[None, :], mask=first, other=0.0)
+        second = inside & (index >= B)[:, None]
+        at = ((index - B) * stride_rn)[:, None] + d[None, :]
+        x = x.to(real) + tl.load(rest_ptr + at, mask=second, other=0.0).to(real)
+    else:
+        x = tl.load(x_ptr + (index * stride_xn)[:, None] + d[None, :], mask=inside, other=0.0)
+    return x
+
+
+@triton.jit(do_not_specialize=["B", "N"])
 def _pack_kernel(
-    x_ptr,  # [N, D], the caller's points
-    order_ptr,  # [P] int64, which point comes in which row
-    label_ptr,  # [P] int64, classes by row
+    x_ptr,  # [B, D], the caller's points
+    rest_ptr,  # [N - B, D], more of them
+    points_ptr,  # [N, D] out, if PLACED: both, in the caller's order
+    inverse_ptr,  # [N] out, if UNIT: 1 / length that a point had
+    order_ptr,  # [N] int64, which point comes in which row
+    label_ptr,  # [N] int64, classes by row
     coarse_ptr,  # [P, depth] out: the points in that order, bfloat16, zero where there are none
     sq_norm_ptr,  # [P] out: |coarse|^2; NaN in padded rows
     radius_ptr,  # [P] out: an upper bound of |point - coarse|
@@ -20,12 +47,16 @@ def _pack_kernel(
     left_ptr,  # [P, K] bfloat16 out: sketch and lift, as the left factor of the test
     right_ptr,  # [P, K] bfloat16 out: the same as the right factor
     stride_xn,
+    stride_rn,
+    B,
     N,
     D,
     depth,
     reach,
     accumulation,
     slack,
+    PLACED: tl.constexpr,  # are the points gathered in points_ptr? Else they stay where they are
+    UNIT: tl.constexpr,  # are they scaled to unit length on the way?
     SKETCHED: tl.constexpr,
     WIDTH: tl.constexpr,
     K: tl.constexpr,
@@ -35,9 +66,21 @@ def _pack_kernel(
     tile = tl.program_id(0)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.arange(0, K)
-    real = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    real: tl.constexpr = sq_norm_ptr.dtype.element_ty
     coarse_type: tl.constexpr = coarse_ptr.dtype.element_ty
-    x_row = x_ptr + tl.load(order_ptr + rows) * stride_xn
+    index = tl.load(order_ptr + rows, mask=rows < N, other=0)
+    length = tl.full((BLOCK_M,), 1.0, real)
+    if UNIT:
+        squares = tl.zeros((BLOCK_M, BLOCK_D), real)
+        for start in range(0, depth, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            inside = (rows < N)[:, None] & (d < D)[None, :]
+            x = _entries(
+                x_ptr, rest_ptr, index, d, stride_xn, stride_rn, B, inside, real, PLACED
+            )  # fmt: skip
+            squares += x * x
+        length = tl.maximum(tl.sqrt(tl.sum(squares, 1)), EPSILON)
+        tl.store(inverse_ptr + index, 1.0 / length, mask=rows < N)
     out_row = rows.to(tl.int64) * depth
     sq_norm = tl.zeros((BLOCK_M, BLOCK_D), real)
     sq_error = tl.zeros((BLOCK_M, BLOCK_D), real)
@@ -45,7 +88,13 @@ def _pack_kernel(
     for start in range(0, depth, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         inside = (rows < N)[:, None] & (d < D)[None, :]
-        x = tl.load(x_row[:, None] + d[None, :], mask=inside, other=0.0)
+        x = _entries(
+            x_ptr, rest_ptr, index, d, stride_xn, stride_rn, B, inside, real, PLACED
+        )  # fmt: skip
+        if UNIT:
+            x = x / length[:, None]
+        if PLACED:
+            tl.store(points_ptr + (index * D)[:, None] + d[None, :], x, mask=inside)
         coarse = x.to(tl.float32).to(tl.bfloat16)  # the interpreter has no float64 -> bfloat16
         tl.store(coarse_ptr + out_row[:, None] + d[None, :], coarse.to(coarse_type))
         error = x.to(real) - coarse.to(real)
@@ -89,3 +138,59 @@ def _pack_kernel(
         right = tl.where((k < K - 4)[None, :], rounded, tl.where((k < K - 2)[None, :], 1.0, ours))
         tl.store(left_ptr + out, left.to(tl.bfloat16).to(coarse_type))
         tl.store(right_ptr + out, right.to(tl.bfloat16).to(coarse_type))
+
+
+@triton.jit(do_not_specialize=["B", "N", "pairs"])
+def _pull_back_kernel(
+    grad_ptr,  # [N, D], the derivative of the energy in the points
+    points_ptr,  # [N, D], if UNIT: they
+    inverse_ptr,  # [N], if UNIT: 1 / length that a point had
+    grad_output_ptr,  # [1], the derivative in the value of the loss
+    totals_ptr,  # [7] float64, see potential.TOTALS
+    x_grad_ptr,  # [B, D] out, if NEEDS_X
+    rest_grad_ptr,  # [N - B, D] out, if NEEDS_REST
+    B,
+    N,
+    D,
+    pairs,  # that the energy is divided by
+    TWICE: tl.constexpr,  # is the gradient that of half the energy?
+    UNIT: tl.constexpr,
+    NEEDS_X: tl.constexpr,
+    NEEDS_REST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The derivative in what the points were made of, and by the value's own derivative."""
+    real: tl.constexpr = grad_ptr.dtype.element_ty
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = rows.to(tl.int64) * D
+    factor = tl.load(grad_output_ptr).to(real) + tl.load(totals_ptr + 6).to(real)
+    factor = factor * (2.0 if TWICE else 1.0) / tl.cast(pairs, real)
+    factor = tl.zeros((BLOCK_M,), real) + factor
+    along = tl.zeros((BLOCK_M,), real)
+    if UNIT:  # y = x / |x| varies across itself only, but for a length that was EPSILON
+        inverse = tl.load(inverse_ptr + rows, mask=rows < N, other=0.0)
+        factor = factor * inverse
+        products = tl.zeros((BLOCK_M, BLOCK_D), real)
+        for start in range(0, D, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            inside = (rows < N)[:, None] & (d < D)[None, :]
+            grad = tl.load(grad_ptr + row[:, None] + d[None, :], mask=inside, other=0.0)
+            y = tl.load(points_ptr + row[:, None] + d[None, :], mask=inside, other=0.0)
+            products += grad * y
+        along = tl.where(inverse * EPSILON < 1.0, tl.sum(products, 1), 0.0)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        inside = (rows < N)[:, None] & (d < D)[None, :]
+        grad = tl.load(grad_ptr + row[:, None] + d[None, :], mask=inside, other=0.0)
+        if UNIT:
+            y = tl.load(points_ptr + row[:, None] + d[None, :], mask=inside, other=0.0)
+            grad = grad - along[:, None] * y
+        grad = grad * factor[:, None]
+        if NEEDS_X:
+            to = x_grad_ptr + row[:, None] + d[None, :]
+            tl.store(to, grad.to(x_grad_ptr.dtype.element_ty), mask=inside & (rows < B)[:, None])
+        if NEEDS_REST:
+            to = rest_grad_ptr + (row - tl.cast(B, tl.int64) * D)[:, None] + d[None, :]
+            mask = inside & (rows >= B)[:, None]
+            tl.store(to, grad.to(rest_grad_ptr.dtype.element_ty), mask=mask)

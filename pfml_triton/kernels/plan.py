@@ -39,7 +39,7 @@ def _active_tiles(
 
 @triton.jit(do_not_specialize=["N", "tiles_y"])
 def _count_kernel(
-    x_label_ptr,  # [P] int64
+    x_label_ptr,  # [N] int64
     near_ptr,  # [P / 16, Q / 128] uint8
     y_first_label_ptr,  # [Q / 64] int64
     y_last_label_ptr,  # [Q / 64] int64
@@ -89,10 +89,11 @@ def _plan_kernel(
 @triton.jit(do_not_specialize=["N"])
 def _join_kernel(
     extra_ptr,  # [tiles_x] int32
-    order_ptr,  # [P] int64
+    order_ptr,  # [N] int64
     energy_ptr,  # [N + 16 E], the sums of the extra programs behind those of the points
     attracting_ptr,  # [N + 16 E] int32
     repelling_ptr,  # [N + 16 E] int32
+    own_class_ptr,  # [N + 16 E] int32
     nearest_ptr,  # [N + 16 E]
     grad_ptr,  # [N + 16 E, D]
     N,
@@ -109,22 +110,25 @@ def _join_kernel(
         return
     i = tl.arange(0, BLOCK_M)
     owned = tile_x * BLOCK_M + i < N
-    row = tl.load(order_ptr + tile_x * BLOCK_M + i)
+    row = tl.load(order_ptr + tile_x * BLOCK_M + i, mask=owned, other=0)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     if tl.program_id(1) == 0:
         energy = tl.load(energy_ptr + row)
         attracting = tl.load(attracting_ptr + row)
         repelling = tl.load(repelling_ptr + row)
+        own_class = tl.load(own_class_ptr + row)
         nearest = tl.load(nearest_ptr + row)
         for e in range(begin, end):
             part = N + e * BLOCK_M + i
             energy += tl.load(energy_ptr + part)
             attracting += tl.load(attracting_ptr + part)
             repelling += tl.load(repelling_ptr + part)
+            own_class += tl.load(own_class_ptr + part)
             nearest = tl.minimum(nearest, tl.load(nearest_ptr + part))
         tl.store(energy_ptr + row, energy, mask=owned)
         tl.store(attracting_ptr + row, attracting, mask=owned)
         tl.store(repelling_ptr + row, repelling, mask=owned)
+        tl.store(own_class_ptr + row, own_class, mask=owned)
         tl.store(nearest_ptr + row, nearest, mask=owned)
     if NEEDS_GRAD:
         mask = owned[:, None] & (d < D)[None, :]

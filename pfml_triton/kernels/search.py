@@ -298,25 +298,23 @@ def autotune(
     path: Path | None,
     shipped: Tiles,
     x: Tensor,
-    x_labels: Tensor,
-    y: Tensor,
-    y_labels: Tensor,
+    labels: Tensor,
     potential: Potential,
+    rest: Tensor | None,
+    unit: bool,
     basis: Tensor | None,
-    do_bench: Callable[..., list[float]] | None = None,
 ) -> Tiles:
-    """Tune a call over the short list, and save what was found; a failure to save is a warning."""
+    """Tune the field of a cloud on itself over the short list, and save what was found.
+
+    The cloud is what `launch.gather` makes of the last arguments. What goes wrong is a warning: a
+    call that wanted a loss gets one.
+    """
     basis = random_basis(x.shape[1], x.device) if basis is None else basis
-    work = f"{list(x.shape)} and {list(y.shape)} {potential}"
-
-    def call(tiles: Tiles) -> FieldTerms:
-        return launch.field_terms(
-            x, x_labels, y, y_labels, potential, needs_grad=True, basis=basis, tiles=tiles
-        )
-
+    call = mutual_call(x, labels, potential, rest=rest, unit=unit, basis=basis)
     with torch.cuda.device_of(x):
         try:
-            tiles, found = tune(call, shipped, key, work, space=short_space, do_bench=do_bench)
+            work = f"{len(labels)} x {x.shape[1]}, {potential}"
+            tiles, found = tune(call, shipped, key, work, space=short_space)
         except ArithmeticError as error:
             warnings.warn(f"{error}; these serve", tuning.TuningWarning, stacklevel=2)
             return shipped
@@ -328,3 +326,13 @@ def autotune(
             f"tuned, but not saved to {path}: {error}", tuning.TuningWarning, stacklevel=2
         )
     return tiles
+
+
+def mutual_call(x: Tensor, labels: Tensor, potential: Potential, **how: Any) -> Call:
+    """Gather a cloud, and compute the field of it on itself with its gradient."""
+
+    def call(tiles: Tiles) -> FieldTerms:
+        cloud = launch.gather(x, labels, potential, tiles=tiles, **how)
+        return launch.field_terms(cloud, cloud, potential, needs_grad=True)
+
+    return call

@@ -85,14 +85,22 @@ def points_bucket(n: int) -> int:
     return 1 << max(10, (max(n, 1) - 1).bit_length() + 1 & ~1)
 
 
-def tiles_here(x: Tensor, *others: Any) -> Tiles:
-    """The tile shapes of a call of `launch.field_terms` that starts with these arguments.
+def tiles_here(
+    x: Tensor, n: int | None = None, dtype: torch.dtype | None = None, *others: Any
+) -> Tiles:
+    """The tile shapes for points that are acted on: they decide, for programs own rows.
+
+    Args:
+        x: [B, D], some of the points.
+        n: how many they are in all, B if None.
+        dtype: as which the kernels read them, that of `x` if None.
+        others: what else `launch.gather` makes a cloud of; without it nothing is tuned.
 
     Raises:
         ValueError: PFML_TRITON_AUTOTUNE is neither "0" nor "1".
     """
-    # The points that are acted on decide, for programs own rows.
-    call = x.get_device(), x.dtype, x.shape[1], points_bucket(len(x))
+    size, dtype = points_bucket(len(x) if n is None else n), dtype or x.dtype
+    call = x.get_device(), dtype, x.shape[1], size
     return _resolved.get(call) or _resolve(call, x, others)
 
 
@@ -108,15 +116,17 @@ def forget() -> None:
 
 
 def _resolve(call: _Call, x: Tensor, others: tuple[Any, ...]) -> Tiles:
-    tiles = shipped_tiles(x)
+    _, dtype, depth, points = call
+    tiles = shipped_tiles(x, points)
     autotunes = os.environ.get(AUTOTUNE_VARIABLE, "0")
     if autotunes not in AUTOTUNE_CHOICES:
         raise ValueError(
             f"{AUTOTUNE_VARIABLE} must be one of {AUTOTUNE_CHOICES}, got {autotunes!r}"
         )
-    key, path = key_of(x), tuning_file()
-    if key is not None:
-        found = {} if path is None else _entries(path, key.device, autotunes == "1")
+    device, path = device_name(x), tuning_file()
+    if device is not None:
+        key = Key(device, str(dtype).removeprefix("torch."), padded_depth(depth), points)
+        found = {} if path is None else _entries(path, device, autotunes == "1")
         if key in found:
             tiles = replace(tiles, **found[key])
         elif autotunes == "1":
@@ -129,19 +139,16 @@ def _resolve(call: _Call, x: Tensor, others: tuple[Any, ...]) -> Tiles:
     return tiles
 
 
-def shipped_tiles(x: Tensor) -> Tiles:
-    """What the table has for points `x` [N, D] on their device."""
+def shipped_tiles(x: Tensor, points: int) -> Tiles:
+    """What the table has for `points` points like `x` [B, D], on their device."""
     hip = torch.version.hip is not None
     hopper = x.is_cuda and not hip and torch.cuda.get_device_capability(x.device)[0] == 9
-    return tiles_for(x.shape[1], points_bucket(len(x)), hip=hip, hopper=hopper)
+    return tiles_for(x.shape[1], points_bucket(points), hip=hip, hopper=hopper)
 
 
-def key_of(x: Tensor) -> Key | None:
-    """What a tuning file has for points `x` [N, D]; None for other devices than GPUs."""
-    if not x.is_cuda:
-        return None
-    dtype, depth = str(x.dtype).removeprefix("torch."), padded_depth(x.shape[1])
-    return Key(torch.cuda.get_device_name(x.device), dtype, depth, points_bucket(len(x)))
+def device_name(x: Tensor) -> str | None:
+    """The device of `x` as a tuning file names it; None for other devices than GPUs."""
+    return torch.cuda.get_device_name(x.device) if x.is_cuda else None
 
 
 def may_tune(x: Tensor) -> bool:
@@ -246,8 +253,8 @@ def fields_fault(tiles: dict[str, Any], depth: int) -> str | None:
     table = tiles_for(depth).depth_multiple
     if -(-depth // together) * together > -(-depth // table) * table:
         return f"block_d x slices is {together}, which pads a depth of {depth} more than the table"
-    if together % tiles["block_k"]:
-        return f"block_k is {tiles['block_k']}, expected a divisor of block_d x slices, {together}"
+    if depth % tiles["block_k"]:
+        return f"block_k is {tiles['block_k']}, expected a divisor of the depth, {depth}"
     registers = 32 * tiles["num_warps"] * (tiles["max_registers"] or 0)
     if registers > _THREAD_REGISTERS:
         return (

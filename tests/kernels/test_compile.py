@@ -18,7 +18,8 @@ def check(compiler: ProcessPoolExecutor, shapes: list[Shape], alpha: float = 3.0
     for shape, codes in zip(
         shapes, compiler.map(machine_code, shapes, [alpha] * len(shapes)), strict=True
     ):
-        assert len(codes) == 7, codes.keys()  # pack, filter, count, plan, forces twice, join
+        # Pack, filter, count, plan, forces twice, join, total, pull back.
+        assert len(codes) == 9, codes.keys()
         for name, code in codes.items():
             if code.spills_in_loops:
                 faults.append(f"{shape} {name} spills in a loop: {code.spills_in_loops[:3]}")
@@ -92,11 +93,11 @@ def test_only_spills_inside_loops_count() -> None:
 @pytest.mark.parametrize(
     ("call", "expected"),
     [
-        ("potential_energy", 3),  # pack, filter, forces
-        ("long lists", 6),  # and count, plan, join
-        ("sources", 3 + 4 + 4),
+        ("potential_energy", 5),  # pack, filter, forces, total, pull back
+        ("long lists", 8),  # and count, plan, join
+        ("sources", 2 + 3 + 3 + 2 + 2),  # packs; two fields and their totals; a third; pull back
         ("class_potential", 4),
-        ("PFMLLoss", 3),
+        ("PFMLLoss", 5),
     ],
 )
 def test_nothing_waits_for_the_device(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,15 @@ import torch
 from pfml_triton import Potential, torch_backend
 from pfml_triton.kernels.config import tiles_for
 from pfml_triton.sketch import accumulation, lifted
-from tests.clouds import assert_same_without_grad, assert_terms_near, basis, cloud
-from tests.compiled import emulate
+from tests.clouds import (
+    assert_near,
+    assert_same_without_grad,
+    assert_terms_near,
+    basis,
+    cloud,
+    terms_of,
+)
+from tests.compiled import emulate, loss_and_gradients
 
 pytestmark = [
     pytest.mark.emulated,
@@ -44,10 +52,10 @@ def test_forces(
     x, labels = cloud(kind, n, depth, 4, dtype)
     arguments = (x, labels, x, labels, Potential(alpha, 0.2, 0.3))
     wide = x.double()
-    true = torch_backend.field_terms(wide, labels, wide, labels, arguments[-1], needs_grad=True)
+    true = terms_of(torch_backend, wide, labels, wide, labels, arguments[-1], needs_grad=True)
     results = [
         compiler.submit(
-            emulate, "field_terms", arguments, {"needs_grad": needs_grad, "basis": basis(x)}
+            emulate, "terms_of", arguments, {"needs_grad": needs_grad, "basis": basis(x)}
         )
         for needs_grad in (True, False)
     ]
@@ -63,12 +71,12 @@ def test_two_clouds(compiler: ProcessPoolExecutor, dtype: torch.dtype) -> None:
     y, y_labels = cloud("collisions", 130, 96, 5, dtype)
     y[:10] = x[:10]  # a query on a source: d = 0
     arguments = (x, x_labels, y, y_labels, Potential())
-    true = torch_backend.field_terms(
-        x.double(), x_labels, y.double(), y_labels, arguments[-1],
+    true = terms_of(
+        torch_backend,         x.double(), x_labels, y.double(), y_labels, arguments[-1],
         needs_grad=True,
     )  # fmt: skip
     ours = compiler.submit(
-        emulate, "field_terms", arguments, {"needs_grad": True, "basis": basis(x)}
+        emulate, "terms_of", arguments, {"needs_grad": True, "basis": basis(x)}
     ).result()
     assert_terms_near(ours, true, torch.float32)
 
@@ -89,11 +97,11 @@ def test_filter_and_long_lists(
     )  # fmt: skip
     wide = x.double()
     p = Potential(3.0, 0.2, 0.9)
-    true = torch_backend.field_terms(wide, labels, wide, labels, p, needs_grad=True)
+    true = terms_of(torch_backend, wide, labels, wide, labels, p, needs_grad=True)
     results = [
         compiler.submit(
             emulate,
-            "field_terms",
+            "terms_of",
             (x, labels, x, labels, p),
             {"needs_grad": True, "basis": q, "tiles": tiles},
         )
@@ -102,8 +110,31 @@ def test_filter_and_long_lists(
     pruned, dense = (r.result() for r in results)
     assert_terms_near(pruned, true, torch.float32)
     assert_terms_near(dense, true, torch.float32)
-    assert dense.active_share == 1
-    assert 0 < pruned.active_share < 0.7
+    assert dense.active.sum() == dense.tiles
+    assert 0 < pruned.active.sum() < 0.7 * pruned.tiles
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)  # gradients leave the range of float16
+@pytest.mark.parametrize(
+    "settings", [{}, {"normalize": False, "reduction": "mean", "prune": False}], ids=str
+)
+def test_loss(compiler: ProcessPoolExecutor, dtype: torch.dtype, settings: dict[str, Any]) -> None:
+    """From embeddings and proxies to the value, the stats and the gradients, with a memory bank."""
+    g = torch.Generator().manual_seed(4)
+    x, bank = torch.randn(23, 70, generator=g), torch.randn(37, 70, generator=g)
+    x[3], x[5] = 0, x[4]  # no direction, and a duplicate
+    labels, bank_labels = (torch.randint(0, 9, (n,), generator=g) for n in (23, 37))
+    sizes = {"num_classes": 9, "embedding_size": 70, "proxies_per_class": 2, "delta_rep": 1.1}
+    inputs = (x.to(dtype), labels, bank.to(dtype), bank_labels)
+    ours = compiler.submit(
+        emulate, "loss_and_gradients", (sizes | settings | {"backend": "triton"}, *inputs), {}
+    ).result()
+    wide = (t.double() if t.is_floating_point() else t for t in inputs)
+    true = loss_and_gradients(sizes | settings | {"backend": "torch"}, *wide)
+    for i, (a, b) in enumerate(zip(ours, true, strict=True)):
+        assert a.dtype == (dtype if i in (6, 8) else a.dtype)
+        if i != 5:  # the share of active tiles: theirs have other sizes
+            assert_near(a.double(), b.double(), dtype, what=f"output {i}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -112,7 +143,7 @@ def test_pack(compiler: ProcessPoolExecutor, dtype: torch.dtype) -> None:
     are those of the torch backend to within what both allow for."""
     x, labels = cloud("wide_norms", 37, 70, 4, dtype)
     packed = compiler.submit(
-        emulate, "pack", (x, labels, tiles_for(70), 0.2, basis(x)), {}
+        emulate, "gather", (x, labels, Potential()), {"basis": basis(x)}
     ).result()
     ordered = x[packed.order[:37]]
     assert torch.equal(packed.coarse[:37, :70], ordered.bfloat16())

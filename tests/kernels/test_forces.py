@@ -20,6 +20,7 @@ from tests.clouds import (
     basis,
     cloud,
     eager,
+    terms_of,
     truth,
 )
 
@@ -109,15 +110,23 @@ def test_long_lists_are_shared_out(extra: int) -> None:
     )
     for a, a_labels, b, b_labels in ((x, labels, x, labels), (x, labels, y, y_labels)):
         one, other, again = (
-            launch.field_terms(
-                a, a_labels, b, b_labels, Potential(), needs_grad=True, basis=basis(x), tiles=tiles
+            terms_of(
+                launch,
+                a,
+                a_labels,
+                b,
+                b_labels,
+                Potential(),
+                needs_grad=True,
+                basis=basis(x),
+                tiles=tiles,
             )
             for tiles in (tiles_for(20), shared, shared)
         )
         assert_terms_near(other, one, torch.float64)
-        assert other.active_share == one.active_share
-        for first, second in zip(other, again, strict=True):
-            assert torch.equal(first, second)
+        assert torch.equal(other.active, one.active)
+        for name in ("energy", "attracting", "repelling", "own_class", "nearest", "grad"):
+            assert torch.equal(getattr(other, name), getattr(again, name)), name
 
 
 @pytest.mark.parametrize("filter_n", [128, 256])
@@ -126,8 +135,10 @@ def test_a_cloud_that_meets_itself_is_filtered_above_the_diagonal(n: int, filter
     """The mirrored answers are those of the whole square, and no byte is left out."""
     x, labels = cloud("clusters", n, 12, 40, torch.float32)
     tiles = dataclasses.replace(tiles_for(12), filter_n=filter_n, filter_strip=1)
-    packed, again = (launch.pack(x, labels, tiles, 0.4, basis(x)) for _ in range(2))
-    halved, whole = (launch.near_tiles(packed, other, tiles) for other in (packed, again))
+    packed, again = (
+        launch.gather(x, labels, Potential(3.0, 0.4), basis=basis(x), tiles=tiles) for _ in range(2)
+    )
+    halved, whole = (launch.near_tiles(packed, other) for other in (packed, again))
     assert torch.equal(halved, whole)
     inside = halved[: -(-n // 16), : -(-n // 128)]
     assert int(inside.sum()) > 0
@@ -135,8 +146,8 @@ def test_a_cloud_that_meets_itself_is_filtered_above_the_diagonal(n: int, filter
 
 
 def field(x: Tensor, labels: Tensor, tiles: Tiles | None = None) -> tuple[Tensor, Tensor]:
-    terms = launch.field_terms(
-        x, labels, x, labels, Potential(), needs_grad=True, basis=basis(x), tiles=tiles
+    terms = terms_of(
+        launch, x, labels, x, labels, Potential(), needs_grad=True, basis=basis(x), tiles=tiles
     )
     assert terms.grad is not None
     return terms.energy, terms.grad
@@ -145,7 +156,7 @@ def field(x: Tensor, labels: Tensor, tiles: Tiles | None = None) -> tuple[Tensor
 def test_energy_is_the_same_with_and_without_gradient() -> None:
     x, labels = cloud("collisions", 70, 12, 3, torch.float32)
     terms, alone = (
-        launch.field_terms(x, labels, x, labels, Potential(), needs_grad=needs_grad, basis=basis(x))
+        terms_of(launch, x, labels, x, labels, Potential(), needs_grad=needs_grad, basis=basis(x))
         for needs_grad in (True, False)
     )
     assert_same_without_grad(alone, terms)
@@ -224,7 +235,7 @@ def test_two_clouds(dtype: torch.dtype) -> None:
 def test_padding_reads_nothing_uninitialised() -> None:
     """Packed buffers come from torch.empty, which holds NaN in these tests."""
     x, labels = cloud("clusters", 21, 5, 3, torch.float32)
-    packed = launch.pack(x, labels, tiles_for(5), 0.2, basis(x))
+    packed = launch.gather(x, labels, Potential(), basis=basis(x), tiles=tiles_for(5))
     assert torch.equal(packed.labels[:21], labels[packed.order[:21]])
     assert not packed.coarse[21:].any()
     assert not packed.coarse[:, 5:].any()
@@ -277,9 +288,7 @@ def test_nominated_in_spite_of_the_products_rounding() -> None:
         d = (x.double() - y.double()).norm().item()
         p = Potential(3.0, 0.5 * d, d * (1 + 3e-7))
         labels = torch.arange(2)
-        terms = launch.field_terms(
-            x, labels[:1], y, labels[1:], p, needs_grad=False, basis=basis(x)
-        )
+        terms = terms_of(launch, x, labels[:1], y, labels[1:], p, needs_grad=False, basis=basis(x))
         assert terms.repelling.tolist() == [1]
 
 
@@ -293,7 +302,7 @@ def test_nominated_with_one_coarse_cloud_exact(swapped: bool) -> None:
     for i in range(24):
         clouds = [(x[i : i + 1], torch.tensor([0])), (y[i : i + 1], torch.tensor([1]))]
         (a, a_labels), (b, b_labels) = reversed(clouds) if swapped else clouds
-        terms = launch.field_terms(a, a_labels, b, b_labels, p, needs_grad=False, basis=basis(x))
+        terms = terms_of(launch, a, a_labels, b, b_labels, p, needs_grad=False, basis=basis(x))
         assert terms.repelling.tolist() == [1]
 
 
@@ -303,7 +312,7 @@ def test_nominated_where_the_margin_exceeds_the_radius() -> None:
     x = 40 * torch.randn(24, 64, generator=g)
     y = x + 0.27 * torch.nn.functional.normalize(torch.randn(24, 64, generator=g), dim=1)
     labels = torch.arange(24)
-    terms = launch.field_terms(
-        x, labels, y, labels, Potential(3.0, 0.25), needs_grad=False, basis=basis(x)
+    terms = terms_of(
+        launch, x, labels, y, labels, Potential(3.0, 0.25), needs_grad=False, basis=basis(x)
     )
     assert terms.attracting.tolist() == [1] * 24

@@ -23,7 +23,8 @@ from pfml_triton.kernels import launch, search, tuning
 from pfml_triton.kernels.config import Tiles, padded_depth, tiles_for
 from pfml_triton.kernels.tuning import Key, TuningFileError, TuningWarning
 from pfml_triton.potential import FieldTerms
-from tests.clouds import assert_near, basis, cloud, truth
+from tests.clouds import assert_near, basis, terms_of, truth
+from tests.clouds import cloud as make_cloud
 
 DEVICE = "A GPU"
 POTENTIAL = Potential()
@@ -35,7 +36,7 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.delenv(tuning.FILE_VARIABLE, raising=False)
     monkeypatch.delenv(tuning.AUTOTUNE_VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(tuning, "key_of", key_of)
+    monkeypatch.setattr(tuning, "device_name", lambda x: DEVICE)
     monkeypatch.setattr(tuning, "may_tune", lambda x: True)
     tuning.forget()
     yield tmp_path / "pfml_triton" / "tuning.json"
@@ -47,13 +48,17 @@ def key_of(x: Tensor) -> Key:
     return Key(DEVICE, dtype, padded_depth(x.shape[1]), tuning.points_bucket(len(x)))
 
 
+def shipped_tiles(x: Tensor) -> Tiles:
+    return tuning.shipped_tiles(x, len(x))
+
+
 def points(n: int = 40, depth: int = 20, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(n, depth, dtype=dtype)
 
 
 def entry(x: Tensor, **changes: Any) -> dict[str, Any]:
     """An entry for these points that differs from the table."""
-    fields = tuning.tuned_fields(tuning.shipped_tiles(x)) | {"chunk": 64} | changes
+    fields = tuning.tuned_fields(shipped_tiles(x)) | {"chunk": 64} | changes
     made: dict[str, Any] = key_of(x)._asdict() | tuning.versions()
     return made | {"tiles": fields, "ms": 1.0, "shipped_ms": 2.0, "measured": "2026-01-01T00:00:00"}
 
@@ -80,8 +85,8 @@ def test_without_a_file_the_table_serves_and_nothing_is_written(
     monkeypatch.setattr(Path, "read_text", lambda p, **k: (opened.append(p), read(p, **k))[1])
     x = points()
     for _ in range(2):
-        assert tuning.tiles_here(x) == tuning.shipped_tiles(x)
-        assert tuning.tiles_here(points(5000)) == tuning.shipped_tiles(points(5000))
+        assert tuning.tiles_here(x) == shipped_tiles(x)
+        assert tuning.tiles_here(points(5000)) == shipped_tiles(points(5000))
     assert opened == [path]
     assert not path.parent.exists()
 
@@ -97,13 +102,13 @@ def test_tensors_that_are_on_no_gpu_read_no_file(monkeypatch: pytest.MonkeyPatch
 def test_an_entry_serves_its_bucket_and_no_other(path: Path) -> None:
     x = points()
     tuning.save(path, entry(x))
-    tuned = replace(tuning.shipped_tiles(x), chunk=64)
+    tuned = replace(shipped_tiles(x), chunk=64)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert tuning.tiles_here(x) == tuned
         assert tuning.tiles_here(points(1000, 17)) == tuned
         for other in (points(1025), points(40, 33), points(dtype=torch.float16)):
-            assert tuning.tiles_here(other) == tuning.shipped_tiles(other)
+            assert tuning.tiles_here(other) == shipped_tiles(other)
 
 
 def test_a_variable_names_the_file(
@@ -130,7 +135,7 @@ def assert_told_once(*words: str) -> None:
         tiles = tuning.tiles_here(X)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert tuning.tiles_here(X) == tiles == tuning.shipped_tiles(X)
+        assert tuning.tiles_here(X) == tiles == shipped_tiles(X)
         tuning.tiles_here(points(5000))
         tuning.tiles_here(points(17_000, dtype=torch.float16))
     (message,) = (str(warning.message) for warning in told)
@@ -180,7 +185,7 @@ def changed(**changes: Any) -> dict[str, Any]:
         (entry(X, max_registers=256), ["max_registers is 256", "255"]),
         (entry(X, num_warps=16, max_registers=255), ["130560", "65536"]),
         (entry(X, block_k="32"), ["block_k is '32'"]),
-        (entry(X, block_k=64), ["block_k is 64", "divisor of block_d x slices, 32"]),
+        (entry(X, block_k=64), ["block_k is 64", "divisor of the depth, 32"]),
         (entry(X, block_d=128), ["block_d x slices is 128", "pads a depth of 32"]),
         (entry(X, slices=2), ["block_d x slices is 64"]),
     ],
@@ -288,14 +293,10 @@ def last_three(kernel: str, tiles: Tiles, configs: list[Any]) -> list[Any]:
 
 
 def test_the_fastest_configurations_are_found_saved_and_reused(path: Path) -> None:
-    x, labels = cloud("clusters", 30, 40, 4, torch.float32)
-    shipped, key = tuning.shipped_tiles(x), key_of(x)
+    x, labels = make_cloud("clusters", 30, 40, 4, torch.float32)
+    shipped, key = shipped_tiles(x), key_of(x)
 
-    def call(tiles: Tiles) -> FieldTerms:
-        return launch.field_terms(
-            x, labels, x, labels, POTENTIAL, needs_grad=True, basis=basis(x), tiles=tiles
-        )
-
+    call = search.mutual_call(x, labels, POTENTIAL, basis=basis(x))
     told: list[search.Found] = []
     bench = Times(3.0, 1.0, 2.0)
     tiles, found = search.tune(
@@ -315,23 +316,21 @@ def test_the_fastest_configurations_are_found_saved_and_reused(path: Path) -> No
     assert (made["ms"], made["shipped_ms"]) == (3.0, 9.0)
     tuning.save(path, made)
     assert tuning.tiles_here(x) == tiles
-    terms = launch.field_terms(x, labels, x, labels, POTENTIAL, needs_grad=True, basis=basis(x))
+    terms = terms_of(launch, x, labels, x, labels, POTENTIAL, needs_grad=True, basis=basis(x))
     assert terms.grad is not None
     assert_near(2 * terms.grad, truth(x, labels, POTENTIAL)[1], torch.float32)
 
 
 def test_what_is_timed_is_the_launch_of_the_configuration() -> None:
     """Another split of the depth changes the grid, and the launches are those of the launcher."""
-    x, labels = cloud("clusters", 20, 40, 4, torch.float32)
-    seen = []
+    x, labels = make_cloud("clusters", 20, 40, 4, torch.float32)
+    seen, mutual = [], search.mutual_call(x, labels, POTENTIAL, basis=basis(x))
 
     def call(tiles: Tiles) -> FieldTerms:
         seen.append(tiles)
-        return launch.field_terms(
-            x, labels, x, labels, POTENTIAL, needs_grad=True, basis=basis(x), tiles=tiles
-        )
+        return mutual(tiles)
 
-    shipped = tuning.shipped_tiles(x)
+    shipped = shipped_tiles(x)
     kernel = search._Tunable(call, "_force_kernel", shipped, [])
     halves = search.configuration("_force_kernel", replace(shipped, block_d=32, block_k=32))
     for config in (halves, halves, search.configuration("_force_kernel", shipped)):
@@ -341,14 +340,10 @@ def test_what_is_timed_is_the_launch_of_the_configuration() -> None:
 
 
 def test_times_that_tie_keep_what_is_shipped() -> None:
-    x, labels = cloud("clusters", 20, 12, 4, torch.float32)
-    shipped = tuning.shipped_tiles(x)
+    x, labels = make_cloud("clusters", 20, 12, 4, torch.float32)
+    shipped = shipped_tiles(x)
 
-    def call(tiles: Tiles) -> FieldTerms:
-        return launch.field_terms(
-            x, labels, x, labels, POTENTIAL, needs_grad=True, basis=basis(x), tiles=tiles
-        )
-
+    call = search.mutual_call(x, labels, POTENTIAL, basis=basis(x))
     tiles, _ = search.tune(call, shipped, key_of(x), "", prune=two, do_bench=Times(1.0))
     assert tiles == shipped
 
@@ -369,11 +364,10 @@ def times(monkeypatch: pytest.MonkeyPatch) -> Times:
 def test_the_first_call_tunes_only_if_asked(
     path: Path, monkeypatch: pytest.MonkeyPatch, times: Times
 ) -> None:
-    x, labels = cloud("clusters", 40, 12, 4, torch.float32)
-    arguments = x, labels, x, labels, POTENTIAL
+    x, labels = make_cloud("clusters", 40, 12, 4, torch.float32)
 
     def call() -> FieldTerms:
-        return launch.field_terms(*arguments, needs_grad=False, basis=None)
+        return terms_of(launch, x, labels, x, labels, POTENTIAL, needs_grad=False)
 
     call()
     monkeypatch.setenv(tuning.AUTOTUNE_VARIABLE, "0")
@@ -392,7 +386,7 @@ def test_the_first_call_tunes_only_if_asked(
     assert times.asked == 3
     (saved,) = json.loads(path.read_text())["entries"]
     assert saved["tiles"] == tuning.tuned_fields(tuning.tiles_here(x))
-    assert saved["tiles"] != tuning.tuned_fields(tuning.shipped_tiles(x))
+    assert saved["tiles"] != tuning.tuned_fields(shipped_tiles(x))
     tuning.forget()  # as in the next process
     call()
     assert times.asked == 3
@@ -409,38 +403,37 @@ def test_a_file_that_cannot_be_written_does_not_stop_a_call(
 ) -> None:
     monkeypatch.setenv(tuning.AUTOTUNE_VARIABLE, "1")
     path.parent.write_text("in the way of the folder")
-    x, labels = cloud("clusters", 40, 12, 4, torch.float32)
+    x, labels = make_cloud("clusters", 40, 12, 4, torch.float32)
     with pytest.warns(TuningWarning) as told:
-        launch.field_terms(x, labels, x, labels, POTENTIAL, needs_grad=False)
+        terms_of(launch, x, labels, x, labels, POTENTIAL, needs_grad=False)
     unread, unsaved = (str(w.message) for w in told if w.category is TuningWarning)
     assert f"{path}: [Errno" in unread
     assert f"tuned, but not saved to {path}" in unsaved
     assert times.asked == 3
-    assert tuning.tiles_here(x) != tuning.shipped_tiles(x)
+    assert tuning.tiles_here(x) != shipped_tiles(x)
 
 
 def test_a_configuration_with_another_result_is_not_taken(
     path: Path, monkeypatch: pytest.MonkeyPatch, times: Times
 ) -> None:
     monkeypatch.setenv(tuning.AUTOTUNE_VARIABLE, "1")
-    x, labels = cloud("clusters", 40, 12, 4, torch.float32)
-    shipped, correct = tuning.shipped_tiles(x), launch.field_terms
+    x, labels = make_cloud("clusters", 40, 12, 4, torch.float32)
+    shipped, correct = shipped_tiles(x), launch.field_terms
 
-    def wrong(*args: Any, tiles: Tiles | None = None, **kwargs: Any) -> FieldTerms:
-        terms = correct(*args, tiles=tiles, **kwargs)
-        return terms if tiles in (None, shipped) else terms._replace(grad=1.001 * terms.grad)
+    def wrong(acted_on: launch.Cloud, *args: Any, **kwargs: Any) -> FieldTerms:
+        terms = correct(acted_on, *args, **kwargs)
+        return terms if acted_on.tiles == shipped else terms._replace(grad=1.001 * terms.grad)
 
     monkeypatch.setattr(launch, "field_terms", wrong)
     with pytest.warns(TuningWarning, match="grad differs by"):
-        assert tuning.tiles_here(x, labels, x, labels, POTENTIAL, basis(x)) == shipped
+        cloud = launch.gather(x, labels, POTENTIAL)
+    assert cloud.tiles == shipped
     assert not path.exists()
 
 
 def test_points_at_a_radius_are_no_disagreement() -> None:
-    x, labels = cloud("clusters", 40, 12, 4, torch.float32)
-    terms = launch.field_terms(
-        x, labels, x, labels, POTENTIAL, needs_grad=True, tiles=tiles_for(12)
-    )
+    x, labels = make_cloud("clusters", 40, 12, 4, torch.float32)
+    terms = search.mutual_call(x, labels, POTENTIAL)(tiles_for(12))
     few, many = terms.attracting.clone(), terms.attracting + 1
     few[3] += 1
     grad = terms.grad.clone()
@@ -479,9 +472,7 @@ def compiled(arch: str, depth: int, kernel: str, step: int) -> list[str]:
     for config in search.space(kernel, shipped, padded_depth(depth))[::step]:
         tiles = search.configured(kernel, shipped, config.all_kwargs())
         with aot.record() as launches:
-            launch.field_terms(
-                x, labels, x, labels, POTENTIAL, needs_grad=True, basis=q, tiles=tiles
-            )
+            search.mutual_call(x, labels, POTENTIAL, basis=q)(tiles)
         (made,) = (made for made in launches if made.kernel.__name__ == kernel)
         if aot.inspect(made.compile(arch)).instructions == 0:
             faults.append(str(config))

@@ -1,0 +1,102 @@
+"""The total kernel: from what was found for every point to the value of the loss."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _float64(high, low):
+    """A number that came in two parts, for a kernel takes numbers as float32."""
+    return tl.cast(high, tl.float64) + tl.cast(low, tl.float64)
+
+
+@triton.jit(do_not_specialize=["N", "M", "tiles_x", "tiles"])
+def _total_kernel(
+    energy_ptr,  # [N], by point, as the forces kernel left them
+    attracting_ptr,  # [N] int32
+    repelling_ptr,  # [N] int32
+    own_class_ptr,  # [N] int32
+    nearest_ptr,  # [N]
+    active_ptr,  # [tiles_x] int32
+    x_sq_norm_ptr,  # [N], not finite where a point is not
+    y_sq_norm_ptr,  # [M]
+    before_ptr,  # [7] float64, if AFTER: the totals of another field on the same points
+    value_ptr,  # [1] out, the energy, over the number of pairs if MEAN; NaN if a point is not
+    # finite
+    totals_ptr,  # [7] float64 out, see potential.TOTALS
+    N,
+    M,
+    tiles_x,
+    tiles,  # of pairs
+    att_high,  # psi of a saturated pair of one class
+    att_low,
+    rep_high,  # of two classes
+    rep_low,
+    MUTUAL: tl.constexpr,  # is a point among those that act on it?
+    AFTER: tl.constexpr,
+    MEAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program, in the order of the points: the same sum every time."""
+    i = tl.arange(0, BLOCK)
+    att_constant = _float64(att_high, att_low)
+    rep_constant = _float64(rep_high, rep_low)
+    energy = tl.zeros((BLOCK,), tl.float64)
+    attracting = tl.zeros((BLOCK,), tl.int64)
+    repelling = tl.zeros((BLOCK,), tl.int64)
+    own_class = tl.zeros((BLOCK,), tl.int64)
+    nothing = tl.zeros((BLOCK,), tl.float64)
+    nearest = tl.full((BLOCK,), float("inf"), nearest_ptr.dtype.element_ty)
+    for first in range(0, N, BLOCK):
+        row, there = first + i, first + i < N
+        attracts = tl.load(attracting_ptr + row, mask=there, other=0)
+        repels = tl.load(repelling_ptr + row, mask=there, other=0)
+        own_class += tl.load(own_class_ptr + row, mask=there, other=0)
+        constants = attracts.to(tl.float64) * att_constant + repels.to(tl.float64) * rep_constant
+        energy += tl.load(energy_ptr + row, mask=there, other=0.0).to(tl.float64) - constants
+        attracting += attracts
+        repelling += repels
+        near = tl.load(nearest_ptr + row, mask=there, other=float("inf"))
+        nearest = tl.minimum(nearest, near)
+        nothing += tl.load(x_sq_norm_ptr + row, mask=there, other=0.0).to(tl.float64) * 0
+    pairs = tl.cast(N, tl.int64) * (M - 1 if MUTUAL else M)
+    if not MUTUAL:
+        for first in range(0, M, BLOCK):
+            row = first + i
+            nothing += tl.load(y_sq_norm_ptr + row, mask=row < M, other=0.0).to(tl.float64) * 0
+    active = tl.zeros((BLOCK,), tl.int64)
+    for first in range(0, tiles_x, BLOCK):
+        active += tl.load(active_ptr + first + i, mask=first + i < tiles_x, other=0)
+
+    above = tl.sum(energy, 0)
+    attractions = tl.sum(attracting, 0).to(tl.float64)
+    repulsions = tl.sum(repelling, 0).to(tl.float64)
+    distance = tl.sqrt(tl.min(nearest, 0).to(tl.float64))
+    share = tl.sum(active, 0).to(tl.float64) / tl.maximum(tl.cast(tiles, tl.float64), 1.0)
+    of_class = tl.sum(own_class, 0) - (N if MUTUAL else 0)
+    total = above + of_class.to(tl.float64) * att_constant
+    total += (pairs - of_class).to(tl.float64) * rep_constant
+    none = tl.sum(nothing, 0)
+    if AFTER:
+        above += tl.load(before_ptr)
+        attractions += tl.load(before_ptr + 1)
+        repulsions += tl.load(before_ptr + 2)
+        distance = tl.minimum(distance, tl.load(before_ptr + 3))
+        others = tl.load(before_ptr + 4) * tl.cast(N, tl.float64)
+        both = tl.maximum(tl.cast(N + M, tl.float64), 1.0)
+        share = (others + share * tl.cast(M, tl.float64)) / both
+        total += tl.load(before_ptr + 5)
+        none += tl.load(before_ptr + 6)
+        pairs += tl.cast(N, tl.int64) * (N - 1)
+    tl.store(totals_ptr, above)
+    tl.store(totals_ptr + 1, attractions)
+    tl.store(totals_ptr + 2, repulsions)
+    tl.store(totals_ptr + 3, distance)
+    tl.store(totals_ptr + 4, share)
+    tl.store(totals_ptr + 5, total)
+    tl.store(totals_ptr + 6, none)
+    if MEAN:
+        total = total / tl.maximum(pairs, 1).to(tl.float64)
+    tl.store(value_ptr, (total + none).to(value_ptr.dtype.element_ty))
