@@ -14,13 +14,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
+from bench.machine import Code
 from pfml_triton.kernels import launch
 
 _TYPES = {
@@ -33,13 +34,7 @@ _TYPES = {
     torch.uint8: "u8",
 }
 _OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
-# Clocks until others can use a result, about what microbenchmarks of A100 and H100 publish.
-_CLOCKS = {"LDS": 30, "LDSM": 33, "LDL": 33, "SHFL": 25, "MUFU": 25, "HMMA": 33}
-_OTHER_CLOCKS, _BARRIER_CLOCKS = 5, 25
-_INSTRUCTION = re.compile(  # of a listing: name, suffixes and, if it has one, the result's register
-    r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)([\w.]*)\s*(?:U?P\w+, )?(?:R(\d+))?"
-)
-_LOCAL_MEMORY = re.compile(r"\b(?:LDL|STL)\b")
+_LOCAL_MEMORY = ("LDL", "STL")
 _NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 # Shared memory that one program may use, in bytes (CUDA programming guide, compute capabilities;
@@ -183,68 +178,11 @@ def listing(compiled: Any) -> list[str]:
     return [line for line in lines if re.match(r"\s*(\.L\w+:|/\*[0-9a-f]+\*/)", line)]
 
 
-def opcode(line: str) -> str:
-    """The name of the instruction in a line of a listing, "FMNMX" say; "" for a label."""
-    found = _INSTRUCTION.match(line)
-    return found[1] if found else ""
-
-
-def loops(lines: list[str]) -> list[range]:
-    """The loops of a listing: line numbers from a label to a later branch back to it."""
-    labels: dict[str, int] = {}
-    found = []
-    for number, line in enumerate(lines):
-        label = re.match(r"\s*(\.L\w+):", line)
-        if label:
-            labels[label[1]] = number
-        branch = re.search(r"\bBRA\b.*`\((\.L\w+)\)", line)
-        if branch and branch[1] in labels:
-            found.append(range(labels[branch[1]], number + 1))
-    return found
-
-
-def spills_in_loops(lines: list[str]) -> list[str]:
+def spills_in_loops(code: Code) -> list[str]:
     """Loads and stores of local memory inside the loops of a listing."""
-    found = {i for loop in loops(lines) for i in loop if _LOCAL_MEMORY.search(lines[i])}
-    return [lines[i].strip() for i in sorted(found)]
-
-
-class Waits(NamedTuple):
-    """What a warp waits for that runs a piece of code once, one after another."""
-
-    far: float  # memory latencies of loads of 16 bytes, those of points
-    near: float  # memory latencies of other loads
-    clocks: float  # on the chip
-
-
-def critical_path(lines: list[str], issue: float) -> Waits:
-    """Where a warp waits in this part of a listing, run from top to bottom without branches.
-
-    It issues in order, an instruction every `issue` clocks, and stops at the first whose registers
-    are not there yet. Asynchronous copies are not waited for.
-    """
-    aeon = 1 << 20  # clocks: a latency that nothing else adds up to
-    clocks = _clocks(lines, issue, 0, 0)
-    far = _clocks(lines, issue, aeon, 0) // aeon
-    return Waits(far, _clocks(lines, issue, aeon, aeon) // aeon - far, clocks)
-
-
-def _clocks(lines: list[str], issue: float, far: float, near: float) -> float:
-    now = 0.0
-    ready: dict[int, float] = {}  # when, by register
-    for found in filter(None, map(_INSTRUCTION.match, lines)):
-        name, suffixes, result = found.groups()
-        used = [int(r) for r in re.findall(r"\bR(\d+)\b", found.string)]
-        now = max([now, *(ready.get(r, 0.0) for r in used[result is not None :])]) + issue
-        if name == "BAR":
-            now += _BARRIER_CLOCKS
-        if result is not None:
-            is_wide = ".128" in suffixes or name in ("LDSM", "HMMA")
-            width = 4 if is_wide else 2 if ".64" in suffixes else 1
-            loaded = far if is_wide else near
-            latency = loaded if name == "LDG" else _CLOCKS.get(name, _OTHER_CLOCKS)
-            ready |= dict.fromkeys(range(int(result), int(result) + width), now + latency)
-    return max([now, *ready.values()])
+    inside = frozenset().union(*(loop.lines for loop in code.root.inner))
+    found = [code.instructions[i] for i in sorted(inside)]
+    return [i.text for i in found if i is not None and i.name in _LOCAL_MEMORY]
 
 
 def _inspect_nvidia(compiled: Any) -> MachineCode:
@@ -253,15 +191,15 @@ def _inspect_nvidia(compiled: Any) -> MachineCode:
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump reported no resources: {usage[:500]}")
-    lines = listing(compiled)
-    code = [name for line in lines if (name := opcode(line))]
+    code = Code(listing(compiled))
+    instructions = code.all(code.root)
     return MachineCode(
         registers=int(found[1]),
         stack_bytes=int(found[2]),
         shared_bytes=compiled.metadata.shared,
-        tensor_core_instructions=sum("MMA" in name for name in code),
-        instructions=len(code),
-        spills_in_loops=spills_in_loops(lines),
+        tensor_core_instructions=sum(i.is_product for i in instructions),
+        instructions=len(instructions),
+        spills_in_loops=spills_in_loops(code),
     )
 
 

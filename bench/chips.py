@@ -19,8 +19,8 @@ class Chip:
         operations: of the tensor cores in bfloat16 with float32 sums, dense, a clock and
             multiprocessor; TF32 is half of it, 8-bit types twice.
         mma_sync: what mma.sync reaches of that; the rest is for wgmma and tcgen05 only.
-        hbm_rate, l2_rate: bytes/s.
-        l2_latency, hbm_latency: seconds, idle.
+        hbm_rate: bytes/s.
+        l2_clock: bytes a clock.
     """
 
     name: str
@@ -32,10 +32,8 @@ class Chip:
     integer_lanes: int
     warps: int  # that a multiprocessor holds
     hbm_rate: float
-    l2_rate: float
+    l2_clock: float
     l2_bytes: int
-    l2_latency: float
-    hbm_latency: float
 
     @property
     def cycles(self) -> float:
@@ -50,22 +48,12 @@ class Chip:
 
 CHIPS = {
     "sm_80": Chip(
-        "A100 SXM4 80 GB", 108, 1.41e9, 2048, 1.0, 64, 64, 64,
-        2.04e12, 5.5e12, 40 << 20, 200e-9, 400e-9,
+        "A100 SXM4 80 GB", 108, 1.41e9, 2048, 1.0, 64, 64, 64, 2.04e12, 5120, 40 << 20
     ),
-    "sm_86": Chip(
-        "A40", 84, 1.74e9, 1024, 1.0, 128, 64, 48, 696e9, 3e12, 6 << 20, 200e-9, 400e-9
-    ),
-    "sm_89": Chip(
-        "L40S", 142, 2.52e9, 1024, 1.0, 128, 64, 48, 864e9, 4.5e12, 96 << 20, 200e-9, 400e-9
-    ),
-    "sm_90": Chip(
-        "H100 SXM5", 132, 1.83e9, 4096, 0.63, 128, 64, 64, 3.35e12, 5.5e12, 50 << 20, 200e-9, 450e-9
-    ),
-    "sm_100": Chip(
-        "B200", 148, 1.85e9, 8192, 0.25, 128, 64, 64, 8e12, 9e12, 126 << 20, 200e-9, 450e-9
-    ),
-    "sm_120": Chip(
-        "RTX 5090", 170, 2.41e9, 512, 1.0, 128, 128, 48, 1.79e12, 6e12, 96 << 20, 200e-9, 400e-9
-    ),
+    "sm_86": Chip("A40", 84, 1.74e9, 1024, 1.0, 128, 64, 48, 696e9, 2048, 6 << 20),
+    "sm_89": Chip("L40S", 142, 2.52e9, 1024, 1.0, 128, 64, 48, 864e9, 2560, 96 << 20),
+    "sm_90": Chip("H100 SXM5", 132, 1.83e9, 4096, 0.63, 128, 64, 64, 3.35e12, 5120, 50 << 20),
+    "sm_100": Chip("B200", 148, 1.85e9, 8192, 0.25, 128, 64, 64, 8e12, 10240, 126 << 20),
+    "sm_120": Chip("RTX 5090", 170, 2.41e9, 512, 1.0, 128, 128, 48, 1.79e12, 3072, 96 << 20),
 }  # fmt: skip
+L2_LATENCY, HBM_LATENCY = 200e-9, 400e-9

@@ -7,10 +7,7 @@ and kernels/plan.py), on the CPU.
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -30,31 +27,6 @@ _ROWS = 16 * TILE_M  # of a product that caches hold
 _CHUNK = 64  # tiles whose distances are computed together
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """A launch with its machine code."""
-
-    name: str
-    grid: tuple[int, ...]
-    args: dict[str, Any]
-    stages: int
-    warps: int
-    code: aot.MachineCode
-    lines: list[str]  # the listing
-    loops: list[range]  # around the first tensor-core instruction, from the inner to the outer
-    resident: int  # programs that a multiprocessor holds
-
-    @property
-    def programs(self) -> int:
-        return math.prod(self.grid)
-
-    @property
-    def inner_loop(self) -> Counter[str]:
-        """The instructions of the innermost loop with tensor-core instructions, by name."""
-        names = (aot.opcode(self.lines[i]) for loop in self.loops[:1] for i in loop)
-        return Counter(name for name in names if name)
-
-
 class Work(NamedTuple):
     """The active tiles of a cloud, in the order of the lists."""
 
@@ -66,11 +38,11 @@ class Work(NamedTuple):
 
 def record_step(
     points: Tensor, labels: Tensor, arch: str
-) -> tuple[list[Kernel], dict[str, list[int]]]:
-    """The kernels of one step, compiled for `arch`, in the order of their launches; and PyTorch's
-    own operations in forward and in backward: the bytes that each reads and writes."""
+) -> tuple[list[aot.Launch], dict[str, list[int]]]:
+    """The launches of one step as they are for `arch`, in order; and PyTorch's own operations in
+    forward and in backward: the bytes that each reads and writes."""
     x, labels = points.to("meta").requires_grad_(), labels.to("meta")
-    tiles = tiles_for(x.shape[1], hopper=arch == "sm_90")
+    tiles = tiles_for(x.shape[1], len(x), hopper=arch == "sm_90")
     random_basis(x.shape[1], x.device)  # which is made once
     with (
         mock.patch.object(launch, "obstacle", return_value=None),
@@ -83,7 +55,7 @@ def record_step(
         with _Operations() as backward:
             energy.backward()
     operations = {"torch forward": forward.moved, "torch backward": backward.moved}
-    return [compiled_kernel(made, arch) for made in launches], operations
+    return launches, operations
 
 
 class _Operations(TorchDispatchMode):
@@ -99,41 +71,6 @@ class _Operations(TorchDispatchMode):
         if tensors and not func.is_view and "empty" not in str(func):
             self.moved.append(sum(t.nbytes for t in tensors))
         return result
-
-
-def compiled_kernel(made: aot.Launch, arch: str) -> Kernel:
-    """Compile a launch for an NVIDIA chip and read it."""
-    compiled = made.compile(arch)
-    code, lines, warps = aot.inspect(compiled), aot.listing(compiled), compiled.metadata.num_warps
-    product = next((i for i, line in enumerate(lines) if "MMA" in aot.opcode(line)), -1)
-    # 64 Ki registers, dealt out by 8 a thread, and 1 KiB of shared memory besides a program's own.
-    resident = min(
-        (64 << 10) // (32 * warps * 8 * math.ceil(code.registers / 8)),
-        (aot.SHARED_MEMORY[arch] + 1024) // (code.shared_bytes + 1024),
-        64 // warps,
-    )
-    return Kernel(
-        made.kernel.__name__.removeprefix("_").removesuffix("_kernel"), made.grid, made.args,
-        compiled.metadata.num_stages, warps, code, lines,
-        sorted((loop for loop in aot.loops(lines) if product in loop), key=len), resident,
-    )  # fmt: skip
-
-
-def filter_blocks(kernel: Kernel) -> list[int]:
-    """How many blocks of columns each program of the filter does, in the order of launch."""
-    a, (width, height) = kernel.args, kernel.grid
-    strip, blocks = a["STRIP"], []
-    for y in range(height):
-        for x in range(width):
-            first = max(y * strip, x * a["BLOCK_M"] // a["BLOCK_N"] if a["MUTUAL"] else 0)
-            blocks.append(max(0, min((y + 1) * strip, a["blocks_y"]) - first))
-    return blocks
-
-
-def instructions_a_pair(kernel: Kernel) -> float:
-    """Thread instructions of the filter's inner loop for each pair of a block."""
-    pairs = kernel.args["BLOCK_M"] * kernel.args["BLOCK_N"]
-    return kernel.inner_loop.total() * 32 * kernel.warps / pairs
 
 
 def shared_out(work: Work, extra: int) -> tuple[Tensor, int]:

@@ -24,6 +24,7 @@ _FP32 = ("FFMA", "FADD", "FMUL", "FFMA2", "FADD2", "FMUL2", "HFMA2", "HADD2", "H
 _SPECIAL = ("MUFU", "F2F", "F2I", "I2F", "FRND")
 _SHARED = ("LDS", "STS", "LDSM", "STSM", "ATOMS", "SHFL", "LDL", "STL")
 _GLOBAL = ("LDG", "STG", "LDGSTS", "RED", "ATOMG", "LD", "ST")
+_BULK = ("UTMALDG", "UTMASTG", "UBLKCP")  # by one thread for all; the size is in a descriptor
 _CONTROL = (
     "BRA", "BRX", "EXIT", "CALL", "RET", "BSSY", "BSYNC", "BREAK", "NOP", "WARPSYNC", "BAR",
     "WARPGROUP", "DEPBAR", "LDGDEPBAR", "MEMBAR", "FENCE", "SYNCS", "ELECT", "CCTL", "ERRBAR",
@@ -45,13 +46,18 @@ class Instruction:
     unit: str  # one of UNITS, or "" if it occupies none but an issue slot
     reads: tuple[int, ...]  # registers
     writes: tuple[int, ...]
-    bytes: int  # that a warp moves through shared or global memory
-    operations: int  # of the tensor cores, a warp's; 0 too where the listing does not say
+    bytes: float  # that a warp moves through shared or global memory; 0 where it does not say
+    operations: float  # of the tensor cores, a warp's; 0 where it does not say
     text: str
 
     @property
     def is_product(self) -> bool:
         return "MMA" in self.name
+
+    @property
+    def is_bulk(self) -> bool:
+        """A copy that one thread starts for all of a program (TMA)."""
+        return self.name in _BULK
 
     @property
     def is_asynchronous(self) -> bool:
@@ -81,6 +87,7 @@ def decode(line: str) -> Instruction | None:
     unit, moved, operations = "integer", 0, 0
     if "MMA" in name:
         unit, operations = "tensor cores", _operations(name, suffixes)
+        moved = _operand_bytes(suffixes, operands)
     elif name in _FP32 or name.startswith("IMAD"):
         unit = "FP32"
     elif name in _SPECIAL:
@@ -89,6 +96,8 @@ def decode(line: str) -> Instruction | None:
         unit, moved = "shared memory", 32 * width
     elif name in _GLOBAL:
         unit, moved = "global memory", 32 * width
+    elif name in _BULK:
+        unit = "global memory"
     elif name in _CONTROL or name.startswith("U"):
         unit = ""
     text = line.split("*/", 1)[1].strip(" ;\t")
@@ -110,12 +119,22 @@ def _operations(name: str, suffixes: str) -> int:
     big = re.match(r"\.(\d+)x(\d+)x(\d+)", suffixes)  # of four warps together
     if big:
         return 2 * prod(map(int, big.groups())) // 4
-    small = re.match(r"\.(\d+)", suffixes)
+    small = re.match(r"\.(\d{4,5})", suffixes)
     if not small:
         return 0
     digits = small[1]  # 16816 is 16 x 8 x 16, 1688 is 16 x 8 x 8
     m, n, k = (int(digits[:2]), int(digits[2]), int(digits[3:]))
     return 2 * m * n * k
+
+
+def _operand_bytes(suffixes: str, operands: str) -> int:
+    """What a product reads of shared memory itself, a warp's share: both factors, or the second."""
+    big = re.match(r"\.(\d+)x(\d+)x(\d+)", suffixes)
+    if not big:
+        return 0
+    m, n = int(big[1]), int(big[2])
+    first_is_there = re.match(r"R\d+, gdesc", operands)
+    return 32 * (n + (m if first_is_there else 0)) // 4  # 32 bytes deep, whatever the type
 
 
 @dataclass

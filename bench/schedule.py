@@ -39,7 +39,8 @@ def busy(instruction: Instruction, chip: Chip) -> float:
             rate /= 2
         elif name[0] in "QIO":  # 8-bit types
             rate *= 2
-        return max(1.0, instruction.operations / rate)
+        reads = instruction.bytes * SCHEDULERS / SHARED_RATE
+        return max(1.0, instruction.operations / rate, reads)
     if unit == "FP32":
         lanes = 64 if name.startswith("IMAD") else chip.fp32_lanes
         return 32 * SCHEDULERS / lanes * (2 if name.endswith("2") and name[0] == "F" else 1)
@@ -50,7 +51,7 @@ def busy(instruction: Instruction, chip: Chip) -> float:
     if unit == "shared memory":
         return instruction.bytes * SCHEDULERS / SHARED_RATE
     if unit == "global memory":
-        l2 = chip.l2_rate / chip.cycles
+        l2 = chip.l2_clock / chip.multiprocessors
         return instruction.bytes * SCHEDULERS / min(_L1_PORT, l2)
     return 0.0
 
@@ -63,11 +64,13 @@ class Setting:
         warps: of all resident programs, on one scheduler.
         group: of them, those of one program, which wait for each other at barriers.
         latency: clocks until a load from global memory is there.
+        ahead: rounds that bulk copies are ahead of their use.
     """
 
     warps: int
     group: int
     latency: float
+    ahead: int = 0
 
 
 def clocks(code: Sequence[Instruction], chip: Chip, setting: Setting, *, repeats: bool) -> float:
@@ -89,6 +92,7 @@ class _Warp:
         self.groups: list[float] = []
         self.product = 0.0  # when the last asynchronous product is there
         self.products: list[float] = []  # the same, at each point that can be waited for
+        self.bulk: list[float] = []  # when bulk copies are there that were not waited for yet
         self.is_waiting = False  # at a barrier
 
 
@@ -99,7 +103,9 @@ def _run(code: Sequence[Instruction], chip: Chip, setting: Setting, repeats: int
     warps = [_Warp() for _ in range(setting.warps)]
     free = dict.fromkeys((*UNITS, ""), 0.0)
     now, last = 0.0, 0.0
+    bulk = sum(i.name == "UTMALDG" for i in code)
     for warp in warps:
+        warp.bulk = [0.0] * (bulk * setting.ahead)
         _await(warp, code)
     running = list(range(len(warps)))
     while running:
@@ -122,6 +128,9 @@ def _run(code: Sequence[Instruction], chip: Chip, setting: Setting, repeats: int
         start = max(issued, free[instruction.unit])
         if instruction.unit:
             free[instruction.unit] = start + cost
+        if instruction.is_product:
+            reads = instruction.bytes * SCHEDULERS / SHARED_RATE
+            free["shared memory"] = max(free["shared memory"], start) + reads
         name = instruction.name
         if name == "BAR":
             warp.is_waiting, warp.time = True, now
@@ -148,6 +157,8 @@ def _run(code: Sequence[Instruction], chip: Chip, setting: Setting, repeats: int
             done = start + cost + _LATENCY["HMMA"]
         elif name == "LDGSTS":
             warp.copies = max(warp.copies, start + cost + setting.latency)
+        elif name == "UTMALDG":
+            warp.bulk.append(start + cost + setting.latency)
         elif name == "LDGDEPBAR":
             warp.groups.append(warp.copies)
         elif instruction.unit == "global memory" and instruction.writes:
@@ -177,7 +188,7 @@ def _await(warp: _Warp, code: Sequence[Instruction]) -> None:
     elif instruction.name == "WARPGROUP" and "DEPBAR" in instruction.suffixes:
         time = max([time, *_but_last(warp.products, instruction.text)])
     elif instruction.name == "SYNCS" and "TRYWAIT" in instruction.suffixes:
-        time = max(time, warp.product)
+        time = max(time, warp.bulk.pop(0) if warp.bulk else warp.product)
     warp.time = time
 
 
