@@ -39,8 +39,8 @@ class Tiles:
     filter_warps: int
     filter_stages: int
     filter_strip: int  # blocks that one program of the filter walks
+    chunk: int  # tiles of a list that a program looks at together
     pack_warps: int = 8
-    chunk: int = 512  # tiles of a list that a program looks at together
     long_list: int = 64  # lists that cannot be longer are not shared out
     least_budget: int = 16  # tiles of a list that one program always takes
     extra_programs: int = 512  # for longer lists; each has sums for TILE_M points
@@ -78,18 +78,27 @@ def tiles_for(depth: int, points: int = MANY, *, hip: bool = False, hopper: bool
     takes maxima.
     """
     padded = padded_depth(depth)
-    block_d = min(padded, 128)
-    slices = padded // block_d
-    programs = -(-slices // MAX_SLICES)
+    few = points <= FEW
+    if hip or padded > 384:
+        block_d = min(padded, 128)
+        needed = padded // block_d
+        programs = -(-needed // MAX_SLICES)
+        slices, block_k, chunk = -(-needed // programs), 64 if padded <= 128 else 128, 512
+        warps, registers = (4, None) if hip else (8, 255)
+    else:
+        block_d = min(padded, 32 if padded <= 128 else 64)
+        slices, block_k, chunk, warps = padded // block_d, block_d, 256, 4
+        registers = 168 if padded <= 128 else 255
     return Tiles(
-        block_k=min(block_d, 64) if depth <= 128 else 128,
+        block_k=min(block_k, padded),
         block_d=block_d,
-        slices=-(-slices // programs),
-        num_warps=4 if hip else 8,
+        slices=slices,
+        num_warps=warps,
         num_stages=3,
-        max_registers=None if hip else 128 if block_d <= 64 else 255,
-        filter_n=256 if hopper else 128,
+        max_registers=registers,
+        filter_n=256 if hopper and not few else 128,
         filter_warps=4,
-        filter_stages=2 if hopper else 3,
-        filter_strip=1 if points <= FEW else 4,
+        filter_stages=2 if few else 3,
+        filter_strip=1 if few else 8,
+        chunk=chunk,
     )
