@@ -191,7 +191,7 @@ def _ranked(
                 advance = partial(progress.advance, task)
                 ranked = rank(kernel, shipped, configs, call, settings.arch, work, advance)
                 progress.remove_task(task)
-                new = ranking_rows(kernel, bucket, ranked, configs[0])
+                new = list(ranking_rows(kernel, bucket, ranked, configs[0]))
                 for row in new:
                     append_row(out / "tune.jsonl", row | common)
                 rows += new
@@ -312,7 +312,7 @@ def tune_bucket(
     n, depth = x.shape
     name = tuning.device_name(x)
     assert name is not None
-    key = tuning.Key(name, bucket.dtype, padded_depth(depth), tuning.points_bucket(n))
+    key = tuning.key_of(name, x.dtype, depth, n)
     task = progress.add_task(str(bucket), total=len(search.KERNELS))
     rows: list[Row] = []
 

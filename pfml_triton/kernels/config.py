@@ -65,32 +65,35 @@ def padded_depth(depth: int) -> int:
 def tiles_for(depth: int, points: int = MANY, *, hip: bool = False, hopper: bool = False) -> Tiles:
     """The tile shapes for `points` points, that are acted on, of `depth` dimensions.
 
-    The depth is padded to the next power of two up to 128, and from there to whole slices of 128,
-    so that 384 costs three quarters of 512. Beyond 512 the slices are shared out evenly over
-    programs, each of which nominates again.
+    A depth that is whole (16, 32, 64, 128, 256 or 384) fits 128 threads a program, of which two or
+    three share a multiprocessor: one waits for memory while another computes. From 512 on, and
+    where a depth is padded, so that masks and second looks want registers, that would spill; a
+    program has 256 threads then, 8 warps of 32 on NVIDIA or 4 of 64 on AMD (`hip`). Beyond 512 the
+    slices are shared out evenly over programs, each of which nominates again.
 
-    256 threads a program: 8 warps of 32 on NVIDIA, 4 of 64 on AMD (`hip`). Left alone, NVIDIA's
-    assembler spills inside loops to reach the next step of occupancy; a stated limit stops that.
+    Left alone, NVIDIA's assembler spills inside loops to reach the next step of occupancy; a stated
+    limit stops that.
 
     The filter holds 128 numbers of its product a thread of NVIDIA's. On Hopper (`hopper`) its
     instructions are at their best 256 columns wide, and the compiler takes the two halves of the
     128 rows in turn. Two programs share a multiprocessor, so that one multiplies while the other
-    takes maxima.
+    takes maxima. Where points are few, so are blocks: each has its own program, and is small.
     """
     padded = padded_depth(depth)
+    registers: int | None
     few = points <= FEW
-    if hip or padded > 384:
+    if depth == padded <= 384 and not hip:
+        block_d = min(padded, 32 if padded <= 128 else 64)
+        slices, block_k, chunk = padded // block_d, block_d, 256
+        warps, registers = 4, 168 if padded <= 128 else 255
+    else:
         block_d = min(padded, 128)
         needed = padded // block_d
-        programs = -(-needed // MAX_SLICES)
-        slices, block_k, chunk = -(-needed // programs), 64 if padded <= 128 else 128, 512
-        warps, registers = (4, None) if hip else (8, 255)
-    else:
-        block_d = min(padded, 32 if padded <= 128 else 64)
-        slices, block_k, chunk, warps = padded // block_d, block_d, 256, 4
-        registers = 168 if padded <= 128 else 255
+        slices, chunk = -(-needed // -(-needed // MAX_SLICES)), 512
+        block_k = min(padded, 64 if padded <= 128 else 128)
+        warps, registers = (4, None) if hip else (8, 128 if padded <= 64 else 255)
     return Tiles(
-        block_k=min(block_k, padded),
+        block_k=block_k,
         block_d=block_d,
         slices=slices,
         num_warps=warps,

@@ -137,7 +137,7 @@ def _neighbours(kernel: str, shipped: Tiles) -> Iterable[dict[str, Any]]:
         ]
     return [
         *_occupancies(shipped),
-        *({"num_stages": stages} for stages in (2, 3, 4)),
+        *({"num_stages": stages} for stages in (3, 4)),
         *({"block_k": k} for k in (32, 64, 128)),
         *({"chunk": chunk} for chunk in (128, 256, 512, 1024)),
     ]
@@ -150,9 +150,12 @@ def _occupancies(shipped: Tiles) -> list[dict[str, Any]]:
 
 
 def _splits(depth: int) -> list[tuple[int, int]]:
-    """Blocks of the depth, and how many of them a program has: all, or half of them."""
+    """Blocks of the depth, and how many of them a program has: all, or half of them.
+
+    `depth` is padded; eight slices at most pass `tuning.fields_fault`.
+    """
     if depth <= 128:
-        return [(depth, 1), (max(depth // 2, 16), 2)]
+        return [(block, depth // block) for block in (16, 32, 64, 128) if block <= depth]
     blocks = depth // 128
     halves = (128, -(-blocks // 2))
     return [(128, blocks), (64, 2 * blocks), (256, -(-blocks // 2)), halves]
@@ -237,7 +240,7 @@ def tune(
                 key=list(described),
                 prune_configs_by={"early_config_prune": _pruned(prune, kernel, tiles)},
                 do_bench=do_bench,
-                cache_results=True,
+                cache_results=not launch.INTERPRETED,
             )(_Tunable(call, kernel, tiles, described))
             tuner.run(grid=None, warmup=False, **described)
             timings = getattr(tuner, "configs_timings", {})  # none where one is left

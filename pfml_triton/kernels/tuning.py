@@ -50,10 +50,10 @@ ALLOWED: dict[str, Sequence[int | None]] = {
 }
 _THREAD_REGISTERS = 64 << 10  # of a multiprocessor of NVIDIA
 _ENTRY_FIELDS = {  # and their types
-    "device": str, "dtype": str, "depth": int, "points": int, "package": str, "triton": str,
-    "tiles": dict, "ms": float, "shipped_ms": float, "measured": str,
+    "device": str, "dtype": str, "depth": int, "whole": bool, "points": int, "package": str,
+    "triton": str, "tiles": dict, "ms": float, "shipped_ms": float, "measured": str,
 }  # fmt: skip
-_IDENTITY = ("device", "dtype", "depth", "points", "package", "triton")
+_IDENTITY = ("device", "dtype", "depth", "whole", "points", "package", "triton")
 
 Fields = dict[str, Any]  # those of `ALLOWED`: int, or None
 
@@ -72,6 +72,7 @@ class Key(NamedTuple):
     device: str  # as torch.cuda.get_device_name has it
     dtype: str  # of the points, "float32"
     depth: int  # D, as `padded_depth` pads it
+    whole: bool  # is D that, or less, so that the kernels mask?
     points: int  # N, see `points_bucket`
 
 
@@ -125,7 +126,7 @@ def _resolve(call: _Call, x: Tensor, others: tuple[Any, ...]) -> Tiles:
         )
     device, path = device_name(x), tuning_file()
     if device is not None:
-        key = Key(device, str(dtype).removeprefix("torch."), padded_depth(depth), points)
+        key = key_of(device, dtype, depth, points)
         found = {} if path is None else _entries(path, device, autotunes == "1")
         if key in found:
             tiles = replace(tiles, **found[key])
@@ -137,6 +138,12 @@ def _resolve(call: _Call, x: Tensor, others: tuple[Any, ...]) -> Tiles:
             tiles = search.autotune(key, path, tiles, x, *others)
     _resolved[call] = tiles
     return tiles
+
+
+def key_of(device: str, dtype: torch.dtype, depth: int, n: int) -> Key:
+    """What a tuning file has for `n` points of `depth` dimensions."""
+    padded, name = padded_depth(depth), str(dtype).removeprefix("torch.")
+    return Key(device, name, padded, depth == padded, points_bucket(n))
 
 
 def shipped_tiles(x: Tensor, points: int) -> Tiles:

@@ -18,7 +18,7 @@ def test_tiles_fit_together(depth: int, hip: bool, hopper: bool) -> None:
     assert tiles.block_d % tiles.block_k == 0
     padded = -(-depth // tiles.depth_multiple) * tiles.depth_multiple
     assert padded - depth < max(tiles.depth_multiple, 16)
-    assert tiles.slices <= 4
+    assert tiles.depth_multiple <= 512  # whose gradients fit the registers
 
 
 def test_384_is_three_slices() -> None:
