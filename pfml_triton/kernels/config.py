@@ -83,8 +83,9 @@ def tiles_for(depth: int, points: int = MANY, *, hip: bool = False, hopper: bool
     registers: int | None
     few = points <= FEW
     if depth == padded <= 384 and not hip:
-        block_d = min(padded, 32 if padded <= 128 else 64)
-        slices, block_k, chunk = padded // block_d, block_d, 256
+        block_d = min(padded, 32)
+        slices, chunk = padded // block_d, 256
+        block_k = block_d if padded <= 128 else 64
         warps, registers = 4, 168 if padded <= 128 else 255
     else:
         block_d = min(padded, 128)

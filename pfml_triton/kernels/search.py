@@ -152,13 +152,13 @@ def _occupancies(shipped: Tiles) -> list[dict[str, Any]]:
 def _splits(depth: int) -> list[tuple[int, int]]:
     """Blocks of the depth, and how many of them a program has: all, or half of them.
 
-    `depth` is padded; eight slices at most pass `tuning.fields_fault`.
+    `depth` is padded. More slices than `tuning.ALLOWED` has, for large depths, drop out later.
     """
     if depth <= 128:
         return [(block, depth // block) for block in (16, 32, 64, 128) if block <= depth]
     blocks = depth // 128
     halves = (128, -(-blocks // 2))
-    return [(128, blocks), (64, 2 * blocks), (256, -(-blocks // 2)), halves]
+    return [(128, blocks), (64, 2 * blocks), (32, 4 * blocks), (256, -(-blocks // 2)), halves]
 
 
 class _Tunable:

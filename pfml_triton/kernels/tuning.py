@@ -37,7 +37,7 @@ _POWERS = tuple(1 << i for i in range(12))
 ALLOWED: dict[str, Sequence[int | None]] = {
     "block_k": _POWERS[4:9],
     "block_d": _POWERS[4:10],
-    "slices": range(1, 9),
+    "slices": range(1, 17),
     "num_warps": _POWERS[:5],
     "num_stages": range(1, 6),
     "max_registers": (None, *range(24, 256)),
