@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from pfml_triton import Potential
+from pfml_triton import Potential, torch_backend
 from pfml_triton.kernels import launch, search, tuning
 from pfml_triton.kernels.config import Tiles, padded_depth, tiles_for
 from pfml_triton.kernels.tuning import Key, TuningFileError, TuningWarning
 from pfml_triton.potential import FieldTerms
-from tests.clouds import assert_near, basis, terms_of, truth
+from tests.clouds import assert_near, assert_terms_near, basis, terms_of, truth
 from tests.clouds import cloud as make_cloud
 
 DEVICE = "A GPU"
@@ -457,6 +457,27 @@ def test_nothing_is_timed_on_fake_tensors_or_in_a_capture(monkeypatch: pytest.Mo
         fake = torch.empty(1, device="cuda")
     assert fake.is_cuda
     assert not tuning.may_tune(fake)
+
+
+@pytest.mark.parametrize("depth", [20, 32])
+def test_clouds_of_different_tile_shapes_make_a_field(depth: int) -> None:
+    """As they do where one is small, and the other large."""
+    x, x_labels = make_cloud("clusters", 17, depth, 4, torch.float32)
+    y, y_labels = make_cloud("collisions", 40, depth, 4, torch.float32, seed=1)
+    wide = replace(tiles_for(depth), filter_n=256, block_d=16, slices=1, block_k=16)
+    shapes = (tiles_for(depth), wide), (wide, tiles_for(depth))
+    results = []
+    for ours, theirs in shapes:
+        clouds = (
+            launch.gather(points, labels, POTENTIAL, basis=basis(points), tiles=tiles)
+            for points, labels, tiles in ((x, x_labels, ours), (y, y_labels, theirs))
+        )
+        results.append(launch.field_terms(*clouds, POTENTIAL, needs_grad=True))
+    truth_here = terms_of(
+        torch_backend, x.double(), x_labels, y.double(), y_labels, POTENTIAL, needs_grad=True
+    )
+    for terms in results:
+        assert_terms_near(terms, truth_here, torch.float32)
 
 
 def compiled(arch: str, depth: int, kernel: str, step: int) -> list[str]:
