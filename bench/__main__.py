@@ -22,6 +22,7 @@ from bench.settings import (
     RetrievalSettings,
     RooflineSettings,
     SpeedSettings,
+    TuneSettings,
 )
 
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
@@ -45,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_plot(commands)
     _add_host(commands)
     _add_roofline(commands)
+    _add_tune(commands)
     _add_figure(commands)
     return parser
 
@@ -243,6 +245,43 @@ def _roofline(parsed: argparse.Namespace) -> None:
     values = _values(parsed) | {"archs": tuple(parsed.arch), "sizes": tuple(parsed.sizes)}
     del values["arch"]
     run(RooflineSettings(**values), parsed.out)
+
+
+def _add_tune(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "tune",
+        help="find the fastest tile shapes on this GPU, or rank them without one",
+        description="Time the configurations of every kernel on this GPU with triton.autotune, "
+        "print the best beside those shipped, and save them to the tuning file that pfml_triton "
+        "reads. With --static and --arch, rank the same configurations on a machine without a GPU "
+        "by their modelled time, from the machine code.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    default = TuneSettings()
+    add = parser.add_argument
+    add("--sizes", nargs="+", choices=SIZES, metavar="SIZE", default=list(default.sizes),
+        help=f"clouds of points: {', '.join(SIZES)}")  # fmt: skip
+    add("--depths", nargs="+", type=int, metavar="D", default=list(default.depths),
+        help="lengths of the points")  # fmt: skip
+    add("--dtypes", nargs="+", choices=SPEED_DTYPES, default=list(default.dtypes),
+        help="of the points")  # fmt: skip
+    add("--static", action="store_true", help="rank by modelled time; needs no GPU, but --arch")
+    add("--arch", choices=CHIPS, help="for --static")
+    add("--file", type=Path, metavar="FILE",
+        help="tuning file; if not given, that of PFML_TRITON_TUNING, or "
+        "pfml_triton/tuning.json in the user's cache directory")  # fmt: skip
+    add("--seed", type=int, metavar="N", default=default.seed, help="of the points")
+    add("--out", type=Path, metavar="FOLDER", default=Path("runs"),
+        help="gets a row in tune.jsonl for each configuration")  # fmt: skip
+    parser.set_defaults(command=_tune)
+
+
+def _tune(parsed: argparse.Namespace) -> None:
+    os.environ.pop("TRITON_INTERPRET", None)  # it is compiled code that is timed or read
+    from bench.tune import run
+
+    chosen = {name: tuple(getattr(parsed, name)) for name in ("sizes", "depths", "dtypes")}
+    run(TuneSettings(**_values(parsed) | chosen), parsed.out)
 
 
 def _add_figure(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

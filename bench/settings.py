@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 DEVICES = ("auto", "cpu", "cuda")
 PROVIDERS = (
@@ -157,3 +158,27 @@ class RooflineSettings:
     seed: int = 0
     explain: bool = False
     validate: bool = False
+
+
+@dataclass(frozen=True)
+class TuneSettings:
+    """Settings of one search for tile shapes.
+
+    Args:
+        sizes: some of `SIZES`, by name: how many points, in which classes. One of each number of
+            points that rounds to the same power of four is enough.
+        depths: D of the points.
+        dtypes: of the points, some of `SPEED_DTYPES`.
+        static: rank configurations by their machine code instead of by their time on a GPU.
+        arch: for `static`, one of bench.chips.CHIPS.
+        file: the tuning file that gets what was measured; the user's own if None.
+        seed: of the points.
+    """
+
+    sizes: tuple[str, ...] = ("cub", "sop")
+    depths: tuple[int, ...] = (384, 512)
+    dtypes: tuple[str, ...] = ("float32",)
+    static: bool = False
+    arch: str | None = None
+    file: Path | None = None
+    seed: int = 0

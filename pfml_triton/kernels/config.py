@@ -14,6 +14,9 @@ from dataclasses import dataclass
 FUSED = {"enable_fp_fusion": True}  # stated, for its default differs between Tritons
 # Fixed by the bits of filter.py: an active tile, and the rows of a block of the filter.
 TILE_M, TILE_N, FILTER_M = 16, 64, 128
+ROWS = 256  # clouds are padded to as many, for blocks of the filter of either width
+FEW = 4096  # points: tiles of them are fewer than two or three programs a multiprocessor
+MANY = 1 << 20  # points, where their number is not known
 MAX_SLICES = 4  # of 128; with eight the gradients no longer fit the registers of sm_80
 
 
@@ -35,8 +38,9 @@ class Tiles:
     filter_n: int
     filter_warps: int
     filter_stages: int
-    filter_strip: int = 8  # blocks that one program of the filter walks
-    chunk: int = 512  # tiles of a list that a program looks at together
+    filter_strip: int  # blocks that one program of the filter walks
+    chunk: int  # tiles of a list that a program looks at together
+    pack_warps: int = 8
     long_list: int = 64  # lists that cannot be longer are not shared out
     least_budget: int = 16  # tiles of a list that one program always takes
     extra_programs: int = 512  # for longer lists; each has sums for TILE_M points
@@ -51,36 +55,54 @@ class Tiles:
         return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
 
 
-def tiles_for(depth: int, *, hip: bool = False, hopper: bool = False) -> Tiles:
-    """The tile shapes for points of `depth` dimensions.
+def padded_depth(depth: int) -> int:
+    """What the depth of coarse points is padded to, whatever the tile shapes."""
+    if depth <= 128:
+        return max(16, 1 << (depth - 1).bit_length())
+    return -(-depth // 128) * 128
 
-    The depth is padded to the next power of two up to 128, and from there to whole slices of 128,
-    so that 384 costs three quarters of 512. Beyond 512 the slices are shared out evenly over
-    programs, each of which nominates again.
 
-    256 threads a program: 8 warps of 32 on NVIDIA, 4 of 64 on AMD (`hip`). Left alone, NVIDIA's
-    assembler spills inside loops to reach the next step of occupancy; a stated limit stops that.
+def tiles_for(depth: int, points: int = MANY, *, hip: bool = False, hopper: bool = False) -> Tiles:
+    """The tile shapes for `points` points, that are acted on, of `depth` dimensions.
+
+    A depth that is whole (16, 32, 64, 128, 256 or 384) fits 128 threads a program, of which two or
+    three share a multiprocessor: one waits for memory while another computes. From 512 on, and
+    where a depth is padded, so that masks and second looks want registers, that would spill; a
+    program has 256 threads then, 8 warps of 32 on NVIDIA or 4 of 64 on AMD (`hip`). Beyond 512 the
+    slices are shared out evenly over programs, each of which nominates again.
+
+    Left alone, NVIDIA's assembler spills inside loops to reach the next step of occupancy; a stated
+    limit stops that.
 
     The filter holds 128 numbers of its product a thread of NVIDIA's. On Hopper (`hopper`) its
     instructions are at their best 256 columns wide, and the compiler takes the two halves of the
     128 rows in turn. Two programs share a multiprocessor, so that one multiplies while the other
-    takes maxima.
+    takes maxima. Where points are few, so are blocks: each has its own program, and is small.
     """
-    if depth <= 128:
-        block_d = max(16, 1 << (depth - 1).bit_length())
-        block_k, slices = min(block_d, 64), 1
+    padded = padded_depth(depth)
+    registers: int | None
+    few = points <= FEW
+    if depth == padded <= 384 and not hip:
+        block_d = min(padded, 32)
+        slices, chunk = padded // block_d, 256
+        block_k = block_d if padded <= 128 else 64
+        warps, registers = 4, 168 if padded <= 128 else 255
     else:
-        needed = -(-depth // 128)
-        programs = -(-needed // MAX_SLICES)
-        block_d, block_k, slices = 128, 128, -(-needed // programs)
+        block_d = min(padded, 128)
+        needed = padded // block_d
+        slices, chunk = -(-needed // -(-needed // MAX_SLICES)), 512
+        block_k = min(padded, 64 if padded <= 128 else 128)
+        warps, registers = (4, None) if hip else (8, 128 if padded <= 64 else 255)
     return Tiles(
         block_k=block_k,
         block_d=block_d,
         slices=slices,
-        num_warps=4 if hip else 8,
+        num_warps=warps,
         num_stages=3,
-        max_registers=None if hip else 128 if block_d <= 64 else 255,
-        filter_n=256 if hopper else 128,
+        max_registers=registers,
+        filter_n=256 if hopper and not few else 128,
         filter_warps=4,
-        filter_stages=2 if hopper else 3,
+        filter_stages=2 if few else 3,
+        filter_strip=1 if few else 8,
+        chunk=chunk,
     )

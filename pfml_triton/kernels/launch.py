@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..potential import TOTALS, FieldTerms, Potential, Split
 from ..sketch import LIFT, REACH, SLACK, accumulation, sketch_depth
-from .config import FILTER_M, FUSED, TILE_M, TILE_N, Tiles, tiles_for
+from . import tuning
+from .config import FILTER_M, FUSED, ROWS, TILE_M, TILE_N, Tiles, padded_depth
 from .filter import _filter_kernel
 from .forces import _force_kernel
 from .pack import _pack_kernel, _pull_back_kernel
@@ -24,6 +25,7 @@ from .plan import _count_kernel, _join_kernel, _plan_kernel
 from .total import _total_kernel
 
 INTERPRETED = not isinstance(_force_kernel, triton.JITFunction)
+_tiles_here = tuning.tiles_here
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -49,7 +51,7 @@ def obstacle(points: Tensor) -> str | None:
 class Cloud:
     """N points and what the kernels make of them, in the order of their class.
 
-    P rows, a whole number of tiles and of filter blocks; depth, D padded to whole slices.
+    P rows, a whole number of tiles and of filter blocks; depth, D padded (`padded_depth`).
     """
 
     points: Tensor  # [N, D], in the caller's order
@@ -86,21 +88,20 @@ def gather(
         rest: more points, float32 or wider; both are then copied, in the dtype of `rest`.
         unit: whether to scale the points to unit length, in float32 or the points' wider dtype.
         basis: [D, at most 60] bfloat16, that of the sketch; None leaves the sketch out.
-        tiles: tile shapes; None takes them from the table.
+        tiles: tile shapes; None takes those of the tuning file or the table (tuning.py).
     """
     (b, dim), n = x.shape, labels.shape[0]
-    tiles = tiles or _tiles_here(x)
-    points = x = x if x.stride(1) == 1 else x.contiguous()
     inverse, is_placed = None, unit or rest is not None
-    real = torch.promote_types(x.dtype, torch.float32)
+    real = torch.promote_types(x.dtype, torch.float32) if rest is None else rest.dtype
+    if tiles is None:
+        dtype = real if is_placed else x.dtype
+        tiles = _tiles_here(x, n, dtype, labels, potential, rest, unit, basis)
+    points = x = x if x.stride(1) == 1 else x.contiguous()
     if rest is None:
         rest = x
     else:
-        real = rest.dtype
         rest = rest if rest.stride(1) == 1 else rest.contiguous()
-    height = max(FILTER_M, tiles.filter_n)
-    rows = _cdiv(n, height) * height
-    depth = _cdiv(dim, tiles.depth_multiple) * tiles.depth_multiple
+    rows, depth = _cdiv(n, ROWS) * ROWS, padded_depth(dim)
     if is_placed:
         points = x.new_empty(n, dim, dtype=real)
     if unit:
@@ -127,7 +128,8 @@ def gather(
             x.stride(0), rest.stride(0), b, n, dim, depth,
             REACH * potential.repulsion_radius, accumulation(dim), SLACK,
             PLACED=is_placed, UNIT=unit, SKETCHED=basis is not None, WIDTH=width, K=k,
-            BLOCK_M=TILE_N, BLOCK_D=min(tiles.block_d, 32), num_warps=8, num_stages=3, **FUSED,
+            BLOCK_M=TILE_N, BLOCK_D=min(depth, 32), num_warps=tiles.pack_warps, num_stages=3,
+            **FUSED,
         )  # fmt: skip
     return Cloud(
         points, inverse, order, sorted_labels, coarse, sq_norm, radius, first_label, last_label,
@@ -158,6 +160,7 @@ def field_terms(
 ) -> FieldTerms:
     """What the field of one cloud does to the points of another, or of itself: see `FieldTerms`.
 
+    The tile shapes are those of the points that are acted on.
     The energy and the gradient are float32 (float64 for float64 points, under the interpreter).
     """
     x, tiles, n, m = acted_on.points, acted_on.tiles, len(acted_on), len(acting)
@@ -178,7 +181,8 @@ def field_terms(
     with torch.cuda.device_of(x):
         near = near_tiles(acted_on, acting)
         depth = acted_on.coarse.shape[1]
-        programs = depth // tiles.depth_multiple if needs_grad else 1
+        programs = _cdiv(dim, tiles.depth_multiple)
+        is_padded = not dim == depth == programs * tiles.depth_multiple
         extra_of, budget = active, active  # not read, but a kernel wants a pointer
         if extra:
             count, extra_of = torch.empty_like(active), torch.empty_like(active)
@@ -193,7 +197,7 @@ def field_terms(
             )  # fmt: skip
         coarse_depth = _cdiv(dim, tiles.block_k) * tiles.block_k
         alpha, integer = potential.alpha, round(potential.alpha)
-        _force_kernel[(tiles_x + extra, programs)](
+        _force_kernel[(tiles_x + extra, programs if needs_grad else 1)](
             acted_on.points, acted_on.order, acted_on.coarse,
             acted_on.labels, acted_on.sq_norm, acted_on.radius,
             acting.points, acting.order, acting.coarse,
@@ -206,7 +210,7 @@ def field_terms(
             potential.delta, potential.repulsion_radius, potential.min_distance,
             (2 * coarse_depth + 16) * 2.0**-23,
             ALPHA=integer, IS_INTEGER=alpha == integer, NEEDS_GRAD=needs_grad,
-            SHARED_OUT=extra > 0, PADDED=depth != dim, WHOLE=dim == tiles.depth_multiple,
+            SHARED_OUT=extra > 0, PADDED=is_padded, WHOLE=dim == tiles.depth_multiple,
             SLICES=tiles.slices, CHUNK=tiles.chunk, BLOCK_M=TILE_M, BLOCK_N=TILE_N,
             BLOCK_K=tiles.block_k, BLOCK_D=tiles.block_d, **tiles.options(),
         )  # fmt: skip
@@ -293,9 +297,3 @@ def pull_back(
             BLOCK_M=TILE_M, BLOCK_D=block_d, **FUSED,
         )  # fmt: skip
     return first, second
-
-
-def _tiles_here(x: Tensor) -> Tiles:
-    hip = torch.version.hip is not None
-    hopper = x.is_cuda and not hip and torch.cuda.get_device_capability(x.device)[0] == 9
-    return tiles_for(x.shape[1], hip=hip, hopper=hopper)

@@ -8,6 +8,7 @@ import pytest
 
 from bench.aot import SHARED_MEMORY, spills_in_loops
 from bench.machine import Code
+from pfml_triton.kernels.config import tiles_for
 from tests.compiled import Shape, filter_bytes, machine_code, synchronisations
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -62,15 +63,17 @@ def test_odd_depths(compiler: ProcessPoolExecutor, depth: int) -> None:
 
 
 def test_384_costs_less_than_512(compiler: ProcessPoolExecutor) -> None:
-    """Work grows with the depth: three slices of 128 instead of four."""
-    (three,), (four,) = (
-        [c for n, c in machine.items() if n.startswith("_force_kernel(grad=True")]
-        for machine in compiler.map(
-            machine_code, [("sm_80", "bfloat16", 384), ("sm_80", "bfloat16", 512)]
-        )
+    """Work grows with the depth, and so do the registers of a program."""
+    depths = (384, 512)
+    machines = compiler.map(machine_code, [("sm_80", "bfloat16", depth) for depth in depths])
+    less, more = (
+        [warps * code.instructions, warps * code.registers]
+        for warps, machine in zip((tiles_for(d).num_warps for d in depths), machines, strict=True)
+        for name, code in machine.items()
+        if name.startswith("_force_kernel(grad=True")
     )
-    assert three.instructions < four.instructions
-    assert three.registers < four.registers
+    assert less[0] < more[0]
+    assert less[1] < more[1]
 
 
 LISTING = """
