@@ -108,7 +108,7 @@ def us(seconds: float) -> str:
 
 
 def some(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + "s" * (number != 1)
+    return f"{number:,} {noun}" + ("es" if noun.endswith("s") else "s") * (number != 1)
 
 
 def _unit_seconds(

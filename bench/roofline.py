@@ -264,8 +264,8 @@ def model_step(name: str, size: Size, dtype: torch.dtype, work: Work, arch: str)
     for when, moved in operations.items():
         seconds = sum(max(LAUNCH_GAP, each / chip.hbm_rate) for each in moved)
         text = (
-            f"{some(len(moved), 'operation')} of PyTorch's own, {sum(moved) / 1e6:,.1f} MB: each "
-            f"takes {us(LAUNCH_GAP)} or its bytes over HBM, whatever is more"
+            f"{some(len(moved), 'pass')} of PyTorch's own operations, {sum(moved) / 1e6:,.1f} MB: "
+            f"each takes {us(LAUNCH_GAP)} or its bytes over HBM, whatever is more"
         )
         others.append(Estimate(when, seconds, seconds, seconds, "launches, HBM", [text]))
     given = str(dtype).removeprefix("torch.")
@@ -292,4 +292,4 @@ def _us_columns(e: Estimate) -> list[str]:
 
 
 def _us(seconds: float) -> str:
-    return f"{1e6 * seconds:,.{1 if seconds < 1e-4 else 0}f}"
+    return f"{1e6 * seconds:,.{1 if seconds < 1e-5 else 0}f}"
