@@ -9,19 +9,30 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.chips import CHIPS
 from bench.settings import (
     DEVICES,
+    DTYPES,
     MODELLED,
     MODES,
     PROVIDERS,
     SIZES,
     SPEED_DTYPES,
+    HostSettings,
     RetrievalSettings,
+    RooflineSettings,
     SpeedSettings,
     TuneSettings,
 )
 
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells defaults, where there is one to tell."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default else action.help
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -33,6 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_retrieval(commands)
     _add_speed(commands)
     _add_plot(commands)
+    _add_host(commands)
+    _add_roofline(commands)
     _add_tune(commands)
     _add_figure(commands)
     return parser
@@ -111,23 +124,23 @@ def _add_speed(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "PyTorch, under torch.compile and in KeOps, and losses of pytorch-metric-learning. "
         "Whatever computes this loss is checked against the reference before a time is taken. "
         "What cannot run is a row that says why. Exit status 1 if a result was wrong.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
     )
     default = SpeedSettings()
     add = parser.add_argument
     sizes = ", ".join(f"{name} {size.n:,}" for name, size in SIZES.items())
     add("--sizes", nargs="+", choices=SIZES, metavar="SIZE",
-        help=f"which clouds, with their N: {sizes}; in the last two every pair acts. All if "
-        "neither --sizes nor --n is given")  # fmt: skip
-    add("--n", nargs="+", type=int, metavar="N", default=[],
+        help=f"which clouds, here with their N: {sizes}. In the last two every pair acts. All of "
+        "them if neither --sizes nor --n is given")  # fmt: skip
+    add("--n", nargs="+", type=int, metavar="N",
         help="clouds of as many points, well apart: 100 samples, the rest proxies")  # fmt: skip
     add("--d", type=int, metavar="D", default=default.d, help="length of the points of --n")
     add("--classes", type=int, metavar="C",
-        help="classes of --n; if not given, as many as make 4 proxies of each")  # fmt: skip
+        help="classes of --n; as many as make 4 proxies of each if not given")  # fmt: skip
     add("--providers", nargs="+", choices=PROVIDERS, metavar="PROVIDER",
-        default=list(default.providers), help="what is measured")  # fmt: skip
-    add("--mode", dest="modes", nargs="+", choices=MODES, default=list(default.modes),
-        help="without gradients, or with")  # fmt: skip
+        help=f"some of {', '.join(PROVIDERS)}; all if not given")  # fmt: skip
+    add("--mode", dest="modes", nargs="+", choices=MODES, metavar="MODE",
+        help=f"{' or '.join(MODES)}; both if not given")  # fmt: skip
     add("--dtype", choices=SPEED_DTYPES, default=default.dtype,
         help="of the embeddings; proxies are float32")  # fmt: skip
     add("--repeats", type=int, metavar="N", default=default.repeats,
@@ -144,12 +157,11 @@ def _add_speed(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def _speed(parsed: argparse.Namespace) -> int:
     from bench.speed import is_broken, run
 
-    values = _values(parsed)
-    if values["sizes"] is None:
-        values["sizes"] = () if values["n"] else SpeedSettings.sizes
-    for name in ("sizes", "n", "providers", "modes"):
-        values[name] = tuple(values[name])
-    return int(is_broken(run(SpeedSettings(**values), parsed.out)))
+    given = {name: value for name, value in _values(parsed).items() if value is not None}
+    chosen = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+    if "n" in chosen:
+        chosen.setdefault("sizes", ())
+    return int(is_broken(run(SpeedSettings(**given | chosen), parsed.out)))
 
 
 def _add_plot(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -158,7 +170,7 @@ def _add_plot(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         help="draw the rows that bench speed has left",
         description="Draw the latest rows of bench speed: 'speed', bars of every provider at every "
         "size; 'growth', time against N, for rows of --n at several N.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
     )
     add = parser.add_argument
     add("kind", choices=("speed", "growth"), metavar="KIND", help="speed or growth")
@@ -173,6 +185,66 @@ def _plot(parsed: argparse.Namespace) -> None:
     parsed.out.parent.mkdir(parents=True, exist_ok=True)
     (speed_figure if parsed.kind == "speed" else growth_figure)(parsed.rows, parsed.out)
     print(f"Wrote {parsed.out}")
+
+
+def _add_host(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "host",
+        help="what a step costs the host, launches stubbed out; needs no GPU (seconds)",
+        description="Time the Python, dispatcher and autograd of one call of PFMLLoss and its "
+        "backward, in parts, with launches that stop short of the driver; count the launches.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    default = HostSettings()
+    add = parser.add_argument
+    add("--size", choices=SIZES, default=default.size, help="of the batch and the proxies")
+    add("--repeats", type=int, metavar="N", default=default.repeats, help="timed steps")
+    add("--seed", type=int, metavar="N", default=default.seed, help="of the points")
+    add("--out", type=Path, metavar="FOLDER", default=Path("runs"),
+        help="gets a row in host.jsonl")  # fmt: skip
+    parser.set_defaults(command=_host)
+
+
+def _host(parsed: argparse.Namespace) -> None:
+    os.environ.pop("TRITON_INTERPRET", None)  # it is the launcher that counts
+    from bench.host import run
+
+    run(HostSettings(**_values(parsed)), parsed.out)
+
+
+def _add_roofline(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    default = RooflineSettings()
+    parser = commands.add_parser(
+        "roofline",
+        help="modelled time of a step on a GPU that is not here, from its machine code",
+        description="Model the time of one step, forward and backward, on GPUs that are not here: "
+        "compile what PFMLLoss launches, read the machine code, count the work of a real cloud "
+        "of points, and simulate the issue of the instructions. Says which unit limits each "
+        "kernel and how far the step is from the limits of the chip, and ends with the same model "
+        "of Triton's own tutorials beside their published speeds. Nothing is measured.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    chips = ", ".join(f"{arch} ({chip.name})" for arch, chip in CHIPS.items())
+    add("--arch", nargs="+", metavar="ARCH", default=list(default.archs), help=f"of {chips}")
+    add("--sizes", nargs="+", metavar="SIZE", default=list(default.sizes),
+        help=f"of {', '.join(MODELLED)}; the last takes a minute to count")  # fmt: skip
+    add("--dtype", choices=DTYPES, default=default.dtype, help="of the points")
+    add("--seed", type=int, metavar="N", default=default.seed, help="of the points")
+    add("--explain", action="store_true", help="print how each time comes about")
+    add("--validate", action="store_true", help="print the validation and nothing else")
+    add("--out", type=Path, metavar="FOLDER", default=Path("runs"),
+        help="gets rows in roofline.jsonl and the picture roofline.png")  # fmt: skip
+    parser.set_defaults(command=_roofline)
+
+
+def _roofline(parsed: argparse.Namespace) -> None:
+    os.environ.pop("TRITON_INTERPRET", None)  # it is the machine code that counts
+    from bench.roofline import run
+
+    values = _values(parsed) | {"archs": tuple(parsed.arch), "sizes": tuple(parsed.sizes)}
+    del values["arch"]
+    run(RooflineSettings(**values), parsed.out)
 
 
 def _add_tune(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -194,7 +266,7 @@ def _add_tune(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     add("--dtypes", nargs="+", choices=SPEED_DTYPES, default=list(default.dtypes),
         help="of the points")  # fmt: skip
     add("--static", action="store_true", help="rank by modelled time; needs no GPU, but --arch")
-    add("--arch", choices=MODELLED, help="H100 or A100, for --static")
+    add("--arch", choices=CHIPS, help="of the chip, for --static")
     add("--file", type=Path, metavar="FILE",
         help="tuning file; if not given, that of PFML_TRITON_TUNING, or "
         "pfml_triton/tuning.json in the user's cache directory")  # fmt: skip

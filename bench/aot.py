@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ _TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
     torch.uint8: "u8",
+    torch.float8_e5m2: "fp8e5",
 }
 _OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 _LOCAL_MEMORY = ("LDL", "STL")
@@ -171,11 +173,16 @@ def inspect(compiled: Any) -> MachineCode:
     return _inspect_amd(compiled)
 
 
-def listing(compiled: Any) -> list[str]:
-    """The machine code of an NVIDIA binary: labels (`.L_x_1:`) and instructions, a line each."""
-    with _cubin(compiled) as path:
+def code(compiled: Any) -> Code:
+    """The machine code of an NVIDIA binary, disassembled."""
+    return _code(compiled.asm["cubin"])
+
+
+@lru_cache(maxsize=8)
+def _code(cubin: bytes) -> Code:
+    with _file(cubin) as path:
         lines = _tool("nvdisasm", "-c", path).splitlines()
-    return [line for line in lines if re.match(r"\s*(\.L\w+:|/\*[0-9a-f]+\*/)", line)]
+    return Code([line for line in lines if re.match(r"\s*(\.L\w+:|/\*[0-9a-f]+\*/)", line)])
 
 
 def spills_in_loops(code: Code) -> list[str]:
@@ -186,28 +193,28 @@ def spills_in_loops(code: Code) -> list[str]:
 
 
 def _inspect_nvidia(compiled: Any) -> MachineCode:
-    with _cubin(compiled) as path:
+    with _file(compiled.asm["cubin"]) as path:
         usage = _tool("cuobjdump", "-res-usage", path)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump reported no resources: {usage[:500]}")
-    code = Code(listing(compiled))
-    instructions = code.all(code.root)
+    listing = code(compiled)
+    instructions = listing.all(listing.root)
     return MachineCode(
         registers=int(found[1]),
         stack_bytes=int(found[2]),
         shared_bytes=compiled.metadata.shared,
         tensor_core_instructions=sum(i.is_product for i in instructions),
         instructions=len(instructions),
-        spills_in_loops=spills_in_loops(code),
+        spills_in_loops=spills_in_loops(listing),
     )
 
 
 @contextmanager
-def _cubin(compiled: Any) -> Iterator[str]:
+def _file(cubin: bytes) -> Iterator[str]:
     """The path of a file that holds an NVIDIA binary."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
         yield file.name
 

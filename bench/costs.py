@@ -70,6 +70,12 @@ class Workload:
         by_embeddings, by_proxies = self._embeddings.grad.double(), proxies.grad.double()
         return by_embeddings / self._scale, by_proxies / self._scale
 
+    def active_share(self) -> float | None:
+        """Of the tiles of pairs, those that this package's loss has looked at in the last call, in
+        [0, 1]; None for others."""
+        stats = getattr(self._loss, "last_stats", None)
+        return None if stats is None else float(stats["active_share"])
+
     def clear(self) -> None:
         """Forget the gradients of the last call."""
         self._loss.zero_grad()

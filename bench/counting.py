@@ -1,6 +1,6 @@
 """What one step consists of, counted without a GPU: launches, machine code, tiles and pairs.
 
-The launches are those of `potential_energy` on meta tensors, so it wants a process without
+The launches are those of `PFMLLoss` on meta tensors, so it wants a process without
 TRITON_INTERPRET. The active tiles are found by the kernels' own criterion (pfml_triton/sketch.py
 and kernels/plan.py), on the CPU.
 """
@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench import aot
-from pfml_triton import Potential, potential_energy
+from bench.settings import Size
+from pfml_triton import PFMLLoss, Potential
 from pfml_triton.kernels import launch
 from pfml_triton.kernels.config import TILE_M, TILE_N, Tiles, tiles_for
 from pfml_triton.sketch import accumulation, lifted, random_basis
@@ -37,24 +38,30 @@ class Work(NamedTuple):
 
 
 def record_step(
-    points: Tensor, labels: Tensor, arch: str
+    size: Size, arch: str, dtype: torch.dtype = torch.float32
 ) -> tuple[list[aot.Launch], dict[str, list[int]]]:
     """The launches of one step as they are for `arch`, in order; and PyTorch's own operations in
-    forward and in backward: the bytes that each reads and writes."""
-    x, labels = points.to("meta").requires_grad_(), labels.to("meta")
-    tiles = tiles_for(x.shape[1], len(x), hopper=arch == "sm_90")
-    random_basis(x.shape[1], x.device)  # which is made once
+    forward and in backward: the bytes that each reads and writes.
+
+    `dtype` is that of the embeddings. Gradients are written to leaves that have none.
+    """
+    loss = PFMLLoss(size.classes, size.depth, size.proxies, backend="triton").to("meta").eval()
+    x = torch.empty(size.batch, size.depth, dtype=dtype, device="meta", requires_grad=True)
+    labels = torch.empty(size.batch, dtype=torch.int64, device="meta")
+    tiles = tiles_for(size.depth, size.n, hopper=arch == "sm_90")
     with (
         mock.patch.object(launch, "obstacle", return_value=None),
         mock.patch.object(torch, "autocast", return_value=nullcontext()),  # not for meta
         mock.patch.object(launch, "_tiles_here", return_value=tiles),
         aot.record() as launches,
     ):
+        loss(x, labels)  # looks at the basis of the sketch, which is done once
+        launches.clear()
         with _Operations() as forward:
-            energy = potential_energy(x, labels, backend="triton")
+            energy = loss(x, labels)
         with _Operations() as backward:
             energy.backward()
-    operations = {"torch forward": forward.moved, "torch backward": backward.moved}
+    operations = {"forward": forward.moved, "backward": backward.moved}
     return launches, operations
 
 
@@ -122,14 +129,19 @@ def active_tiles(points: Tensor, labels: Tensor, potential: Potential) -> Tensor
     coarse = points.bfloat16().float()
     error = 1.001 * (points - coarse).norm(dim=1) + accumulation(dim) * coarse.norm(dim=1)
     sketch = coarse @ random_basis(dim, points.device).float()
-    left, right = (side.float() for side in lifted(sketch, error, potential.repulsion_radius))
+    # Rounding the product to bfloat16 moves no sign (sketch.py), and is the faster where it can be.
+    factor = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+    left, right = (side.to(factor) for side in lifted(sketch, error, potential.repulsion_radius))
     height, width = -(-n // TILE_M), -(-n // TILE_N)
+    left = torch.cat(
+        [left, left[-1:].expand(height * TILE_M - n, -1)]
+    )  # a row again changes nothing
+    right = pad(right, (0, 0, 0, width * TILE_N - n))
+    right[n:, -2] = -torch.inf  # where every left factor is 1
     near = []
     for part in left.split(_ROWS):
-        tiles = -(-len(part) // TILE_M)
-        padding = (0, width * TILE_N - n, 0, tiles * TILE_M - len(part))
-        product = pad(part @ right.T, padding, value=-torch.inf)
-        near.append(product.view(tiles, TILE_M, width, TILE_N).amax((1, 3)) >= 0)
+        product = (part @ right.T).view(-1, TILE_M, width, TILE_N)
+        near.append(product.amax(3).amax(1) >= 0)
     last_x = labels[torch.arange(1, height + 1).mul(TILE_M).clamp(max=n) - 1]
     last_y = labels[torch.arange(1, width + 1).mul(TILE_N).clamp(max=n) - 1]
     shares_label = (labels[::TILE_M, None] <= last_y) & (labels[::TILE_N] <= last_x[:, None])

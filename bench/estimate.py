@@ -7,6 +7,9 @@ the last; or when HBM has moved each byte of its arrays once, if that takes long
 of data sheets, at the clock that they are stated for. Loads take the latency of L2, or of HBM for
 as much of what they ask for as is asked for the first time.
 
+A kernel that spills inside a loop is taken at its upper end: its spills are loads and stores like
+others, but how they fare depends on what is left of L1 for them, which is not known.
+
 *Lower end.* The busiest unit is never idle, and arrays that fit L2 are there.
 
 *Upper end.* One program a multiprocessor at a time, so that nothing overlaps but what a program
@@ -64,7 +67,7 @@ def estimate(kernel: Kernel, chip: Chip, parts: Sequence[Part]) -> Estimate:
     resident = min(kernel.resident, math.ceil(kernel.programs / chip.multiprocessors))
     asked = sum(
         n * i.bytes for n, part in zip(times, parts, strict=True) for i in part.code
-        if i.unit == "global memory"
+        if i.unit == "L2"
     ) * kernel.warps  # fmt: skip
     moved = min(kernel.bytes, asked)  # some arrays are not looked at in full
     hbm = moved / chip.hbm_rate
@@ -75,6 +78,9 @@ def estimate(kernel: Kernel, chip: Chip, parts: Sequence[Part]) -> Estimate:
     point, rounds = _duration(kernel, chip, parts, resident, latency)
     alone, _ = _duration(kernel, chip, parts, 1, 2 * latency)
     point = max(point, hbm, limits[unit])
+    high = max(alone, point)
+    if kernel.machine.spills_in_loops:
+        point = high
     lines = [
         f"{part.name}: {n:,.0f} rounds of {len(part.code)} instructions, {clock:,.0f} clocks a "
         f"round of {some(resident, 'program')}"
@@ -86,7 +92,7 @@ def estimate(kernel: Kernel, chip: Chip, parts: Sequence[Part]) -> Estimate:
         f"memory: {asked / 1e6:,.1f} MB asked for, {moved / 1e6:,.1f} MB for the first "
         f"time, {us(hbm)} of HBM; a load takes {1e9 * latency:.0f} ns"
     )
-    return Estimate(kernel.name, point, limits[unit], max(alone, point), unit, lines)
+    return Estimate(kernel.name, point, limits[unit], high, unit, lines)
 
 
 def makespan(times: Iterable[float], slots: int) -> float:
@@ -94,7 +100,7 @@ def makespan(times: Iterable[float], slots: int) -> float:
     free = [0.0] * slots
     for time in times:
         heapq.heapreplace(free, free[0] + time)
-    return max(free)
+    return float(max(free))
 
 
 def us(seconds: float) -> str:

@@ -22,8 +22,9 @@ _RESULT = re.compile(r"(?:!?U?P\w+, )?R(\d+)\b")
 # By unit. What a table does not name is integer or logic, or (uniform, control) takes no unit.
 _FP32 = ("FFMA", "FADD", "FMUL", "FFMA2", "FADD2", "FMUL2", "HFMA2", "HADD2", "HMUL2")
 _SPECIAL = ("MUFU", "F2F", "F2I", "I2F", "FRND")
-_SHARED = ("LDS", "STS", "LDSM", "STSM", "ATOMS", "SHFL", "LDL", "STL")
-_GLOBAL = ("LDG", "STG", "LDGSTS", "RED", "ATOMG", "LD", "ST")
+_SHARED = ("LDS", "STS", "LDSM", "STSM", "ATOMS", "SHFL")
+# Spills among them: how much of L1 is left for them is not known, so they are taken to miss it.
+_GLOBAL = ("LDL", "STL", "LDG", "STG", "LDGSTS", "RED", "ATOMG", "LD", "ST")
 _BULK = ("UTMALDG", "UTMASTG", "UBLKCP")  # by one thread for all; the size is in a descriptor
 _CONTROL = (
     "BRA", "BRX", "EXIT", "CALL", "RET", "BSSY", "BSYNC", "BREAK", "NOP", "WARPSYNC", "BAR",
@@ -31,10 +32,9 @@ _CONTROL = (
     "NANOSLEEP", "YIELD", "LDC", "LDCU", "S2R", "S2UR", "CS2R", "R2UR", "DEPBAR", "UTCBAR",
     "UTCATOMSWS", "ACQBULK", "VOTEU", "PREEXIT",
 )  # fmt: skip
-UNITS = (
-    "tensor cores", "FP32", "integer", "special functions", "shared memory", "global memory",
-    "issue",
-)  # fmt: skip
+# The quarter of a multiprocessor that a scheduler has of each: tensor cores, lanes for FP32, for
+# integers and logic, for special functions, shared memory, the way to L2, and the scheduler itself.
+UNITS = ("tensor", "FP32", "integer", "SFU", "shared", "L2", "issue")
 
 
 @dataclass(frozen=True)
@@ -86,18 +86,18 @@ def decode(line: str) -> Instruction | None:
         reads = [r + i for r, n in zip(reads, (4, 2, 4), strict=False) for i in range(n)]
     unit, moved, operations = "integer", 0, 0
     if "MMA" in name:
-        unit, operations = "tensor cores", _operations(name, suffixes)
+        unit, operations = "tensor", _operations(name, suffixes)
         moved = _operand_bytes(suffixes, operands)
     elif name in _FP32 or name.startswith("IMAD"):
         unit = "FP32"
     elif name in _SPECIAL:
-        unit = "special functions"
+        unit = "SFU"
     elif name in _SHARED:
-        unit, moved = "shared memory", 32 * width
+        unit, moved = "shared", 32 * width
     elif name in _GLOBAL:
-        unit, moved = "global memory", 32 * width
+        unit, moved = "L2", 32 * width
     elif name in _BULK:
-        unit = "global memory"
+        unit = "L2"
     elif name in _CONTROL or name.startswith("U"):
         unit = ""
     text = line.split("*/", 1)[1].strip(" ;\t")

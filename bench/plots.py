@@ -273,7 +273,8 @@ def _caption(figure: Figure, rows: Sequence[Row]) -> None:
     days = sorted({row["time"][:10] for row in rows})
     commits = ", ".join(dict.fromkeys(row["commit"] or "no commit" for row in rows))
     machine = last["cpu"] if last["device"] == "cpu" else last["device"]
-    threads = f", {last['threads']} threads" if last["device"] == "cpu" else ""
+    count = "1 thread" if last["threads"] == 1 else f"{last['threads']} threads"
+    threads = f", {count}" if last["device"] == "cpu" else ""
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     figure.supxlabel(
         f"Measured: {machine}{threads}, {last['dtype']}, medians. PyTorch {last['torch']}, "

@@ -124,8 +124,10 @@ def _on_sphere(
 def _pfml(cloud: Cloud, prune: bool, backend: str) -> nn.Module:
     size = cloud.size
     loss = PFMLLoss(size.classes, size.depth, size.proxies, prune=prune, backend=backend)
-    loss.proxies.data = cloud.proxies.clone()
-    return loss.to(cloud.points.device)
+    loss.to(cloud.points.device)
+    with torch.no_grad():
+        loss.proxies.copy_(cloud.proxies)
+    return loss
 
 
 def _compiled(cloud: Cloud) -> nn.Module:
@@ -244,7 +246,8 @@ def obstacle(
     if provider.backend == "triton" and not on_gpu:
         return f"needs a GPU, and this is the {device.type}"
     if provider.requires is not None and find_spec(provider.requires) is None:
-        return f"needs {provider.requires}, which is not installed: pip install -e '.[dev]'"
+        extra = "keops" if provider.requires == "pykeops" else "dev"
+        return f"needs {provider.requires}, which is not installed: pip install -e '.[{extra}]'"
     auto = "triton" if on_gpu and find_spec("triton") is not None else "torch"
     twin = name.replace(f"-{auto}", "")
     if name != twin and twin in chosen:

@@ -12,18 +12,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from bench.chips import SCHEDULERS, SHARED_RATE, Chip
 from bench.machine import UNITS, Instruction
 
 # Clocks until a result can be used, from published microbenchmarks of A100 and H100, rounded.
 _LATENCY = {
-    "LDS": 23, "LDSM": 29, "LDL": 33, "SHFL": 23, "MUFU": 18, "HMMA": 18, "S2R": 20, "F2F": 18,
+    "LDS": 23, "LDSM": 29, "SHFL": 23, "MUFU": 18, "HMMA": 18, "S2R": 20, "F2F": 18,
 }  # fmt: skip
 _OTHER_LATENCY, _BARRIER, _ASYNCHRONOUS = 4, 20, 30
 _L1_PORT = 64  # bytes a clock that a multiprocessor takes from L2
-_QUEUES = ("special functions", "shared memory", "global memory")
+_QUEUES = ("SFU", "shared", "L2")
 _WARM, _TIMED = 3, 6  # repeats before the clock runs, and while it does
 _NUMBER = re.compile(r"0x([0-9a-f]+)")
 
@@ -31,7 +31,7 @@ _NUMBER = re.compile(r"0x([0-9a-f]+)")
 def busy(instruction: Instruction, chip: Chip) -> float:
     """Clocks that an instruction of one warp occupies its unit, a quarter of a multiprocessor's."""
     name, unit = instruction.name, instruction.unit
-    if unit == "tensor cores":
+    if unit == "tensor":
         rate = chip.operations / SCHEDULERS
         if not instruction.is_asynchronous:
             rate *= chip.mma_sync
@@ -46,11 +46,11 @@ def busy(instruction: Instruction, chip: Chip) -> float:
         return 32 * SCHEDULERS / lanes * (2 if name.endswith("2") and name[0] == "F" else 1)
     if unit == "integer":
         return 32 * SCHEDULERS / (16 if name.startswith("REDUX") else chip.integer_lanes)
-    if unit == "special functions":
+    if unit == "SFU":
         return 32 * SCHEDULERS / 16
-    if unit == "shared memory":
+    if unit == "shared":
         return instruction.bytes * SCHEDULERS / SHARED_RATE
-    if unit == "global memory":
+    if unit == "L2":
         l2 = chip.l2_clock / chip.multiprocessors
         return instruction.bytes * SCHEDULERS / min(_L1_PORT, l2)
     return 0.0
@@ -83,116 +83,133 @@ def clocks(code: Sequence[Instruction], chip: Chip, setting: Setting, *, repeats
     return (_run(code, chip, setting, _WARM + _TIMED) - warm) / _TIMED
 
 
+@dataclass
 class _Warp:
-    def __init__(self) -> None:
-        self.position = 0
-        self.time = 0.0  # when the next instruction may issue, if its unit lets it
-        self.ready: dict[int, float] = {}  # by register
-        self.copies = 0.0  # when the copies that belong to no group yet are there
-        self.groups: list[float] = []
-        self.product = 0.0  # when the last asynchronous product is there
-        self.products: list[float] = []  # the same, at each point that can be waited for
-        self.bulk: list[float] = []  # when bulk copies are there that were not waited for yet
-        self.is_waiting = False  # at a barrier
+    program: int  # that it belongs to
+    position: int = 0
+    time: float = 0.0  # when the next instruction has what it waits for
+    is_waiting: bool = False  # at a barrier
+    ready: dict[int, float] = field(default_factory=dict)  # when, by register
+    copies: float = 0.0  # when the copies that belong to no group yet are there
+    groups: list[float] = field(default_factory=list)
+    product: float = 0.0  # when the last asynchronous product is there
+    products: list[float] = field(default_factory=list)  # those that can be waited for
+    bulk: list[float] = field(default_factory=list)  # bulk copies not waited for yet
 
 
 def _run(code: Sequence[Instruction], chip: Chip, setting: Setting, repeats: int) -> float:
-    code = [i for i in code if i.name != "NOP"]
-    costs = [busy(i, chip) for i in code]
-    end = len(code) * repeats
-    warps = [_Warp() for _ in range(setting.warps)]
-    free = dict.fromkeys((*UNITS, ""), 0.0)
-    now, last = 0.0, 0.0
-    bulk = sum(i.name == "UTMALDG" for i in code)
-    for warp in warps:
-        warp.bulk = [0.0] * (bulk * setting.ahead)
-        _await(warp, code)
-    running = list(range(len(warps)))
-    while running:
-        best, at = -1, float("inf")
-        for n in running:
-            warp = warps[n]
-            if warp.is_waiting:
+    """When all warps have run `code` so many times."""
+    return _Quarter(code, chip, setting, repeats).run()
+
+
+class _Quarter:
+    """A quarter of a multiprocessor and the warps of its scheduler."""
+
+    def __init__(
+        self, code: Sequence[Instruction], chip: Chip, setting: Setting, repeats: int
+    ) -> None:
+        self.code = [i for i in code if i.name != "NOP"]
+        self.costs = [busy(i, chip) for i in self.code]
+        self.end, self.latency = len(self.code) * repeats, setting.latency
+        self.free = dict.fromkeys((*UNITS, ""), 0.0)
+        self.now = self.last = 0.0
+        bulk = sum(i.name == "UTMALDG" for i in self.code) * setting.ahead
+        self.warps = [_Warp(n // setting.group) for n in range(setting.warps)]
+        self.running = list(self.warps)
+        for warp in self.warps:
+            warp.bulk = [0.0] * bulk
+            self._await(warp)
+
+    def run(self) -> float:
+        """When the last result is there."""
+        while self.running:
+            warp, at = min(
+                ((w, self._earliest(w)) for w in self.running if not w.is_waiting),
+                key=lambda pair: pair[1],
+            )
+            index = warp.position % len(self.code)
+            instruction, cost = self.code[index], self.costs[index]
+            issued = max(at, self.now)
+            self.now = issued + 1
+            start = max(issued, self.free[instruction.unit])
+            if instruction.unit:
+                self.free[instruction.unit] = start + cost
+            if instruction.is_product:
+                reads = instruction.bytes * SCHEDULERS / SHARED_RATE
+                self.free["shared"] = max(self.free["shared"], start) + reads
+            if instruction.name == "BAR":
+                self._meet(warp)
                 continue
-            time = warp.time
-            instruction = code[warp.position % len(code)]
-            if instruction.unit not in _QUEUES and not instruction.is_asynchronous:
-                time = max(time, free[instruction.unit])
-            if time < at:
-                best, at = n, time
-        warp = warps[best]
-        index = warp.position % len(code)
-        instruction, cost = code[index], costs[index]
-        issued = max(at, now)
-        now = issued + 1
-        start = max(issued, free[instruction.unit])
-        if instruction.unit:
-            free[instruction.unit] = start + cost
-        if instruction.is_product:
-            reads = instruction.bytes * SCHEDULERS / SHARED_RATE
-            free["shared memory"] = max(free["shared memory"], start) + reads
-        name = instruction.name
-        if name == "BAR":
-            warp.is_waiting, warp.time = True, now
-            first = best - best % setting.group
-            members = warps[first : first + setting.group]
-            if all(m.is_waiting for m in members):
-                release = max(m.time for m in members) + _BARRIER
-                for member in members:
-                    member.is_waiting, member.time = False, release
-                    member.position += 1
-                    if member.position < end:
-                        _await(member, code)
-                    else:
-                        running.remove(warps.index(member))
-                last = max(last, release)
-            continue
-        done = start + _LATENCY.get(name, _OTHER_LATENCY)
-        if instruction.is_asynchronous and instruction.is_product:
+            done = self._done(warp, instruction, issued, start, cost)
+            warp.ready |= dict.fromkeys(instruction.writes, done)
+            self.last = max(self.last, done)
+            self._advance(warp, self.now)
+        return max(self.last, self.now)
+
+    def _earliest(self, warp: _Warp) -> float:
+        """When a warp can issue, as far as it and its unit are concerned."""
+        instruction = self.code[warp.position % len(self.code)]
+        if instruction.unit in _QUEUES or instruction.is_asynchronous:
+            return warp.time
+        return max(warp.time, self.free[instruction.unit])
+
+    def _done(
+        self, warp: _Warp, instruction: Instruction, issued: float, start: float, cost: float
+    ) -> float:
+        """When the result of an instruction is there that its unit starts with at `start`."""
+        name, there = instruction.name, start + cost + self.latency
+        if instruction.is_product and instruction.is_asynchronous:
             warp.product = start + cost + _ASYNCHRONOUS
-            done = issued
             if "gsb0" in instruction.text:
                 warp.products.append(warp.product)
-        elif instruction.is_product:
-            done = start + cost + _LATENCY["HMMA"]
-        elif name == "LDGSTS":
-            warp.copies = max(warp.copies, start + cost + setting.latency)
+            return issued
+        if instruction.is_product:
+            return start + cost + _LATENCY["HMMA"]
+        if name == "LDGSTS":
+            warp.copies = max(warp.copies, there)
         elif name == "UTMALDG":
-            warp.bulk.append(start + cost + setting.latency)
+            warp.bulk.append(there)
         elif name == "LDGDEPBAR":
             warp.groups.append(warp.copies)
-        elif instruction.unit == "global memory" and instruction.writes:
-            done = start + cost + setting.latency
+        elif instruction.unit == "L2" and instruction.writes:
+            return there
         elif instruction.unit in _QUEUES:
-            done = start + cost + _LATENCY.get(name, _OTHER_LATENCY)
-        for register in instruction.writes:
-            warp.ready[register] = done
-        last = max(last, done)
-        warp.time = now
-        warp.position += 1
-        if warp.position < end:
-            _await(warp, code)
+            return start + cost + _LATENCY.get(name, _OTHER_LATENCY)
+        return start + _LATENCY.get(name, _OTHER_LATENCY)
+
+    def _meet(self, warp: _Warp) -> None:
+        """Let a warp wait for the others of its program, or go on with them if it is the last."""
+        warp.is_waiting, warp.time = True, self.now
+        members = [w for w in self.warps if w.program == warp.program]
+        if all(w.is_waiting for w in members):
+            release = max(w.time for w in members) + _BARRIER
+            self.last = max(self.last, release)
+            for member in members:
+                member.is_waiting = False
+                self._advance(member, release)
+
+    def _advance(self, warp: _Warp, time: float) -> None:
+        warp.position, warp.time = warp.position + 1, time
+        if warp.position < self.end:
+            self._await(warp)
         else:
-            running.remove(best)
-    return max(last, now)
+            self.running = [w for w in self.running if w is not warp]
 
-
-def _await(warp: _Warp, code: Sequence[Instruction]) -> None:
-    """Move a warp's time to when its next instruction has what it waits for."""
-    instruction = code[warp.position % len(code)]
-    time = warp.time
-    for register in instruction.reads:
-        time = max(time, warp.ready.get(register, 0.0))
-    if instruction.name == "DEPBAR" and "SB0" in instruction.text:
-        time = max([time, *_but_last(warp.groups, instruction.text)])
-    elif instruction.name == "WARPGROUP" and "DEPBAR" in instruction.suffixes:
-        time = max([time, *_but_last(warp.products, instruction.text)])
-    elif instruction.name == "SYNCS" and "TRYWAIT" in instruction.suffixes:
-        time = max(time, warp.bulk.pop(0) if warp.bulk else warp.product)
-    warp.time = time
+    def _await(self, warp: _Warp) -> None:
+        """Move a warp's time to when its next instruction has what it waits for."""
+        instruction = self.code[warp.position % len(self.code)]
+        times = [warp.time, *(warp.ready.get(r, 0.0) for r in instruction.reads)]
+        if instruction.name == "DEPBAR" and "SB0" in instruction.text:
+            times += _but_last(warp.groups, instruction.text)
+        elif instruction.name == "WARPGROUP" and "DEPBAR" in instruction.suffixes:
+            times += _but_last(warp.products, instruction.text)
+        elif instruction.name == "SYNCS" and "TRYWAIT" in instruction.suffixes:
+            times.append(warp.bulk.pop(0) if warp.bulk else warp.product)
+        warp.time = max(times)
 
 
 def _but_last(times: list[float], text: str) -> list[float]:
+    """All but the last of some times, of which the text of an instruction says how many."""
     found = _NUMBER.search(text)
     allowed = int(found[1], 16) if found else 0
-    return times[: len(times) - allowed]
+    return times[: max(0, len(times) - allowed)]

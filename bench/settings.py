@@ -13,7 +13,6 @@ PROVIDERS = (
 )  # fmt: skip
 MODES = ("forward", "forward+backward")
 SPEED_DTYPES = ("float32", "bfloat16", "float16")
-MODELLED = ("sm_90", "sm_80")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -90,6 +89,9 @@ SIZES = {
 }
 
 
+MODELLED = tuple(name for name, size in SIZES.items() if size.kind == "apart")
+
+
 @dataclass(frozen=True)
 class SpeedSettings:
     """Settings of one comparison of providers; the defaults are sized for two CPU cores.
@@ -123,23 +125,39 @@ class SpeedSettings:
 
 
 @dataclass(frozen=True)
-class ModelSettings:
-    """Settings of one modelled step; the defaults are Stanford Online Products.
+class HostSettings:
+    """Settings of one measurement of the host's part of a step.
 
     Args:
-        arch: one of `MODELLED`.
-        dtype: of the points, one of `DTYPES`.
-        classes, batch: C and B of a `Size` with 2 proxies a class.
-        depth: D of the points.
+        size: one of `SIZES`.
+        repeats: timed steps.
         seed: of the points.
     """
 
-    arch: str = "sm_90"
-    dtype: str = "float32"
-    classes: int = 11_318
-    batch: int = 100
-    depth: int = 512
+    size: str = "cub"
+    repeats: int = 2000
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class RooflineSettings:
+    """Settings of the modelled steps.
+
+    Args:
+        archs: some of bench.chips.CHIPS.
+        sizes: some of `MODELLED`, by name.
+        dtype: of the embeddings, one of `DTYPES`; proxies are float32.
+        seed: of the points.
+        explain: print how each time comes about.
+        validate: print the validation and nothing else.
+    """
+
+    archs: tuple[str, ...] = ("sm_80", "sm_90")
+    sizes: tuple[str, ...] = MODELLED
+    dtype: str = "float32"
+    seed: int = 0
+    explain: bool = False
+    validate: bool = False
 
 
 @dataclass(frozen=True)
@@ -152,7 +170,7 @@ class TuneSettings:
         depths: D of the points.
         dtypes: of the points, some of `SPEED_DTYPES`.
         static: rank configurations by their machine code instead of by their time on a GPU.
-        arch: for `static`, one of `MODELLED`.
+        arch: for `static`, one of bench.chips.CHIPS.
         file: the tuning file that gets what was measured; the user's own if None.
         seed: of the points.
     """

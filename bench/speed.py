@@ -7,6 +7,7 @@ time. Then they are timed in turn. Peak memory is that of a call in a process of
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +37,8 @@ _BOTH = "forward+backward"
 _ROUNDING = 0.5  # of a gradient to half precision, in units of that precision
 _LATER = (  # columns of a row that only a measurement fills
     "configuration", "first_ms", "p20_ms", "p50_ms", "p80_ms", "repeats", "peak_bytes",
-    "extra_bytes", "executed_operations", "parity_error", "energy_error", "tolerance",
+    "extra_bytes", "active_share", "executed_operations", "parity_error", "energy_error",
+    "tolerance",
 )  # fmt: skip
 
 T = TypeVar("T")
@@ -60,11 +62,14 @@ def run(settings: SpeedSettings, out: Path, console: Console | None = None) -> l
 
     Raises:
         ValueError: a setting is out of range, or the device is not there.
+        OSError: the rows cannot be written.
     """
     console = console or Console()
     sizes = chosen_sizes(settings)
     device = prepare(settings)
     path = out / "speed.jsonl"
+    out.mkdir(parents=True, exist_ok=True)
+    path.open("a").close()  # that it cannot be written is better known now
     load = os.getloadavg()[0]
     common = provenance(device) | {"seed": settings.seed, "load": load}
     if load > BUSY:
@@ -83,7 +88,8 @@ def run(settings: SpeedSettings, out: Path, console: Console | None = None) -> l
             for row in measured:
                 append_row(path, row | common)
             rows += measured
-            console.print(speed_table(measured))
+            if any(row["status"] == MEASURED for row in measured):
+                console.print(speed_table(measured))
     console.print(LEGEND)
     for line in findings(rows):
         console.print(line, highlight=False)
@@ -178,11 +184,14 @@ def measure(
             first_calls(PROVIDERS[provider], rows, work, expected, device)
             for row in rows.values():
                 row["configuration"] = tiles_of(provider, cloud, device)
+                row["active_share"] = work.active_share()
             for mode in rows:
                 for _ in range(copies - 1):  # the other copies' first
                     work.call(mode)
             works[provider] = work
             work.clear()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # for the other processes
     for provider in works:
         begin(f"memory of {provider}")
         try:
@@ -225,14 +234,16 @@ def first_calls(
         allowed = provider.tolerance
         if work.dtype != torch.float32:
             allowed += _ROUNDING * torch.finfo(work.dtype).eps
-        checked = {"parity_error": off.gradient, "energy_error": off.energy, "tolerance": allowed}
+        checked = {"parity_error": _finite(off.gradient), "energy_error": _finite(off.energy)}
+        checked["tolerance"] = allowed
         cells |= checked
         if not (off.gradient <= allowed and (off.energy is None or off.energy <= allowed)):
             for row in rows.values():
                 row |= checked
+            of_energy = "" if off.energy is None else f", the energy by {off.energy:.2g} of itself"
             raise WrongResult(
-                f"the gradient is off by {off.gradient:.2g} of the largest force, the energy by "
-                f"{off.energy or 0:.2g} of itself, and {allowed:.2g} is allowed"
+                f"the gradient is off by {off.gradient:.2g} of the largest force{of_energy}, and "
+                f"{allowed:.2g} is allowed"
             )
     for mode, row in rows.items():
         row |= found[mode]
@@ -285,6 +296,11 @@ def _counted(call: Callable[[], T], counted: bool) -> tuple[T, int | None]:
     return operations(call) if counted else (call(), None)
 
 
+def _finite(value: float | None) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 def _is_measured(rows: Rows) -> bool:
     return all(row["status"] == MEASURED for row in rows.values())
 
@@ -300,8 +316,8 @@ def _told(rows: Rows) -> Iterator[None]:
             kind = "wrong"
         elif is_out_of_memory(error):
             kind = "out of memory"
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+        elif isinstance(error, NotImplementedError):  # for this dtype or device
+            kind = "cannot run"
         for row in rows.values():
             row["status"] = f"{kind}: {_first_line(error)}"
 
@@ -315,7 +331,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def is_broken(rows: Sequence[Row]) -> bool:
-    """Whether a provider was wrong, or failed for a reason other than memory."""
+    """Whether a provider was wrong, or failed for a reason that nobody has foreseen."""
     return any(row["status"].startswith(("wrong", "failed")) for row in rows)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 MEASURED = "measured"
@@ -61,7 +62,8 @@ def by_provider(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, Row]]:
 
 
 def findings(rows: Sequence[Row]) -> Iterator[str]:
-    """What the table does not say, a line each: what did not run, growth, the worst case."""
+    """What the table does not say, a line of rich markup each: what did not run, growth,
+    the worst case."""
     reasons: dict[tuple[str, str], dict[str, None]] = {}
     for row in rows:
         if row["status"] != MEASURED:
@@ -72,7 +74,7 @@ def findings(rows: Sequence[Row]) -> Iterator[str]:
     every = tuple(dict.fromkeys(row["size"] for row in rows))
     for (status, sizes), providers in together.items():
         where = "everywhere" if sizes == every and len(every) > 1 else ", ".join(sizes)
-        yield f"{', '.join(providers)} ({where}): {status}."
+        yield escape(f"{', '.join(providers)} ({where}): {status}.")
     times = by_provider([row for row in rows if row["mode"] == "forward+backward"])
     own = [row for (_, provider), modes in times.items() for row in modes.values()
            if provider == "pfml"]  # fmt: skip

@@ -57,6 +57,15 @@ def _product_kernel(
 
 
 @triton.jit
+def _mix(logits, scale, mixed, total, largest):
+    """One step of the softmax over all keys: the sums so far shrink to the new maximum."""
+    larger = tl.maximum(largest, tl.max(logits, 1) * scale)
+    p = tl.exp2(logits * scale - larger[:, None])
+    shrink = tl.exp2(largest - larger)
+    return mixed * shrink[:, None], total * shrink + tl.sum(p, 1), larger, p.to(tl.float16)
+
+
+@triton.jit
 def _attention_kernel(
     scale,
     lse_ptr,  # [Z H, L] out, log2 of the sums
@@ -66,11 +75,11 @@ def _attention_kernel(
     out_ptr,
     rows,  # Z H L
     L,  # length of the context
+    CAUSAL: tl.constexpr,  # a query looks at the keys up to its own place, or at all of its head
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Without a mask: every query looks at all keys of its head."""
     qs = tl.make_tensor_descriptor(q_ptr, [rows, D], [D, 1], [BLOCK_M, D])
     ks = tl.make_tensor_descriptor(k_ptr, [rows, D], [D, 1], [BLOCK_N, D])
     vs = tl.make_tensor_descriptor(v_ptr, [rows, D], [D, 1], [BLOCK_N, D])
@@ -82,15 +91,20 @@ def _attention_kernel(
     total = tl.full((BLOCK_M,), 1.0, tl.float32)
     mixed = tl.zeros((BLOCK_M, D), tl.float32)
     q = qs.load([first, 0])
-    for start in range(0, L, BLOCK_N):
+    end = L
+    if CAUSAL:
+        end = tl.program_id(0) * BLOCK_M
+    for start in range(0, end, BLOCK_N):
         logits = tl.dot(q, ks.load([head + start, 0]).T)
-        larger = tl.maximum(largest, tl.max(logits, 1) * scale)
-        p = tl.exp2(logits * scale - larger[:, None])
-        shrink = tl.exp2(largest - larger)
-        added = tl.sum(p, 1)
-        mixed = mixed * shrink[:, None]
-        mixed = tl.dot(p.to(tl.float16), vs.load([head + start, 0]), mixed)
-        total = total * shrink + added
-        largest = larger
+        mixed, total, largest, p = _mix(logits, scale, mixed, total, largest)
+        mixed = tl.dot(p, vs.load([head + start, 0]), mixed)
+    if CAUSAL:
+        query = end + tl.arange(0, BLOCK_M)
+        for start in range(end, end + BLOCK_M, BLOCK_N):
+            logits = tl.dot(q, ks.load([head + start, 0]).T)
+            seen = query[:, None] >= (start + tl.arange(0, BLOCK_N))[None, :]
+            logits = logits * scale + tl.where(seen, 0, -1.0e6)
+            mixed, total, largest, p = _mix(logits, 1.0, mixed, total, largest)
+            mixed = tl.dot(p, vs.load([head + start, 0]), mixed)
     tl.store(lse_ptr + first + tl.arange(0, BLOCK_M), largest + tl.log2(total))
     outs.store([first, 0], (mixed / total[:, None]).to(tl.float16))

@@ -70,7 +70,7 @@ def read(launch: aot.Launch, arch: str, chip: Chip) -> Kernel:
     )
     return Kernel(
         name_of(launch), launch.grid, launch.args, compiled.metadata.num_stages, warps, machine,
-        Code(aot.listing(compiled)), resident,
+        aot.code(compiled), resident,
     )  # fmt: skip
 
 
@@ -86,11 +86,11 @@ def parts_of(kernel: Kernel, work: Work) -> list[Part]:
 
 
 def product_loops(code: Code) -> list[Loop]:
-    """The loops around the first tensor-core instruction that is in one, from the inner to the
+    """The innermost loop of tensor-core instructions and those around it, from the inner to the
     outer; none if there is none."""
     loops = [loop for loop in code.root.walk() if loop is not code.root]
-    first = next((x for x in loops if any(i.is_product for i in code.own(x))), None)
-    around = [loop for loop in loops if first is not None and first.lines <= loop.lines]
+    own = [loop for loop in loops if any(i.is_product for i in code.own(loop))]
+    around = [x for x in loops if own and min(own, key=lambda y: len(y.lines)).lines <= x.lines]
     return sorted(around, key=lambda loop: len(loop.lines))
 
 
@@ -140,8 +140,20 @@ def filter_blocks(kernel: Kernel) -> list[int]:
     return blocks
 
 
-def _largest(code: Code) -> Loop:
-    return max(code.root.inner, key=lambda loop: len(loop.lines))
+def _peeled(
+    kernel: Kernel, name: str, rounds: Times, entered: Times, operations: float
+) -> list[Part]:
+    """A kernel of one loop, each of whose `rounds` has so many `operations` of the tensor cores, if
+    any. The compiler may have taken the products of the first out of the loop."""
+    code = kernel.code
+    loop = max(code.root.inner, key=lambda inner: len(inner.lines))
+    inside, ahead = (
+        sum(i.is_product for i in code.own(part)) for part in (loop, code.root)
+    )  # fmt: skip
+    first = ahead / inside if inside else 0.0
+    parts = _around(kernel, entered), Part(name, code.own(loop), np.maximum(rounds - first, 0.0))
+    each = operations / inside if inside else 0.0
+    return [replace(part, code=sized(kernel, part.code, operations=each)) for part in parts]
 
 
 def _around(kernel: Kernel, times: Times = 1.0) -> Part:
@@ -158,23 +170,18 @@ def _streamed(kernel: Kernel, work: Work) -> list[Part]:
 
 
 def _pack(kernel: Kernel, work: Work) -> list[Part]:
-    a, loop = kernel.args, _largest(kernel.code)
-    rounds = math.ceil(a["depth"] / a["BLOCK_D"])
-    products = sum(i.is_product for i in kernel.code.own(loop))
-    each = 2 * a["BLOCK_M"] * a["BLOCK_D"] * a["K"] / max(products, 1)
-    return [
-        replace(part, code=sized(kernel, part.code, operations=each))
-        for part in (_around(kernel), Part("slice of the depth", kernel.code.own(loop), rounds))
-    ]
+    a = kernel.args
+    slices = math.ceil(a["depth"] / a["BLOCK_D"])
+    parts = _peeled(kernel, "slice", slices, 1.0, 2 * a["BLOCK_M"] * a["BLOCK_D"] * a["K"])
+    main = max(kernel.code.root.inner, key=lambda loop: len(loop.lines))
+    ahead = (loop for loop in kernel.code.root.inner if loop is not main)
+    return [*parts, *(Part("length", kernel.code.own(loop), slices) for loop in ahead)]
 
 
 def _filter(kernel: Kernel, work: Work) -> list[Part]:
-    a, loop = kernel.args, _largest(kernel.code)
-    blocks = np.array(filter_blocks(kernel), dtype=float)
-    products = sum(i.is_product for i in kernel.code.own(loop))
-    each = 2 * a["BLOCK_M"] * a["BLOCK_N"] * a["K"] / products
-    parts = [_around(kernel, np.minimum(blocks, 1)), Part("block", kernel.code.own(loop), blocks)]
-    return [replace(part, code=sized(kernel, part.code, operations=each)) for part in parts]
+    a, blocks = kernel.args, np.array(filter_blocks(kernel))
+    operations = 2 * a["BLOCK_M"] * a["BLOCK_N"] * a["K"]
+    return _peeled(kernel, "block", blocks, np.minimum(blocks, 1.0), operations)
 
 
 def _passes(kernel: Kernel, passes: int) -> list[Part]:
@@ -190,6 +197,26 @@ def _count(kernel: Kernel, work: Work) -> list[Part]:
 
 def _plan(kernel: Kernel, work: Work) -> list[Part]:
     return _passes(kernel, math.ceil(kernel.args["tiles_x"] / kernel.args["BLOCK"]))
+
+
+def _total(kernel: Kernel, work: Work) -> list[Part]:
+    a, code = kernel.args, kernel.code
+    rows, tiles = code.root.inner  # of a mutual field
+    return [
+        _around(kernel),
+        Part("points", code.own(rows), math.ceil(a["N"] / a["BLOCK"])),
+        Part("tiles", code.own(tiles), math.ceil(a["tiles_x"] / a["BLOCK"])),
+    ]
+
+
+def _pull_back(kernel: Kernel, work: Work) -> list[Part]:
+    """Its loops read the same arrays: for the products of gradient and point, and to scale."""
+    a, code = kernel.args, kernel.code
+    read = a["BLOCK_M"] * a["D"] * a["grad_ptr"].element_size() * (1 + a["UNIT"])
+    return [
+        _around(kernel),
+        *(Part("slice", code.own(loop), _rounds(kernel, loop, read)) for loop in code.root.inner),
+    ]
 
 
 def _join(kernel: Kernel, work: Work) -> list[Part]:
@@ -217,8 +244,9 @@ def _force(kernel: Kernel, work: Work) -> list[Part]:
     tiles, turns = (np.bincount(program, weights, programs) for weights in (None, work.turns))
     works = (np.arange(programs) < tiles_x + used).astype(float)
     search = works * (np.arange(programs) >= tiles_x) * a["steps"]
+    peeled = kernel.warps * sum(i.operations for i in code.own(tile))
     product = product_parts(
-        kernel, nominate, 2 * a["BLOCK_M"] * a["BLOCK_N"] * a["coarse_depth"], tiles
+        kernel, nominate, 2 * a["BLOCK_M"] * a["BLOCK_N"] * a["coarse_depth"] - peeled, tiles
     )
     parts = [
         _around(kernel, works),
@@ -244,11 +272,16 @@ def _looks(kernel: Kernel, loop: Loop) -> float:
     """How often the loop runs that takes distances in several looks: each reads x and y."""
     a = kernel.args
     whole = a["BLOCK_M"] * a["depth"] * (a["x_ptr"].element_size() + a["y_ptr"].element_size())
+    return _rounds(kernel, loop, whole)
+
+
+def _rounds(kernel: Kernel, loop: Loop, read: int) -> float:
+    """How often a loop runs in which a program reads so many bytes."""
     each = sum(i.bytes for i in kernel.code.own(loop) if i.name == "LDG") * kernel.warps
-    return float(whole / each)
+    return float(read / each)
 
 
 _WORKLOADS: dict[str, Callable[[Kernel, Work], list[Part]]] = {
     "pack": _pack, "filter": _filter, "count": _count, "plan": _plan, "force": _force,
-    "join": _join,
+    "join": _join, "total": _total, "pull_back": _pull_back,
 }  # fmt: skip

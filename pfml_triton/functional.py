@@ -268,10 +268,13 @@ class _PotentialEnergy(torch.autograd.Function):
             for x, need in zip((points, proxies, sources), needs, strict=True)
         ]
         # The inputs are saved as well, so that a change of them in place is an error.
+        units = [
+            (None, None) if c is None or c.inverse is None else (c.points, c.inverse)
+            for c in (cloud, acting)
+        ]
         ctx.save_for_backward(
-            points, proxies, sources, totals, grad, cloud.points, cloud.inverse,
-            source_grad, *(2 * (None,) if acting is None else (acting.points, acting.inverse)),
-        )  # fmt: skip
+            points, proxies, sources, totals, grad, *units[0], source_grad, *units[1]
+        )
         ctx.mark_non_differentiable(totals)
         ctx.set_materialize_grads(False)
         return value, totals

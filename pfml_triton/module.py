@@ -231,11 +231,12 @@ class PFMLLoss(nn.Module):
         return nn.functional.normalize(points, dim=1) if self.normalize else points
 
     def _check_label_range(self, labels: Tensor) -> None:
-        wide = labels.to(torch.int64)
-        if len(wide) and not ((wide >= 0) & (wide < self.num_classes)).all():
+        if len(labels) == 0:
+            return
+        low, high = (int(end) for end in torch.aminmax(labels.to(torch.int64)))
+        if low < 0 or high >= self.num_classes:
             raise ValueError(
-                f"labels must be in [0, {self.num_classes}), "
-                f"got values in [{int(wide.min())}, {int(wide.max())}]"
+                f"labels must be in [0, {self.num_classes}), got values in [{low}, {high}]"
             )
 
     def param_groups(

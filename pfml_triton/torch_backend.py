@@ -178,7 +178,7 @@ def total(
 
 def pull_back(
     grad: Tensor,
-    points: Tensor,
+    points: Tensor | None,
     inverse: Tensor | None,
     *,
     grad_output: Tensor,
@@ -191,14 +191,14 @@ def pull_back(
 
     Args:
         grad: [N, D] of the energy in the points, or of half of it if `twice`.
-        points, inverse: of the cloud.
+        points, inverse: of the cloud, if its points were scaled; else None.
         grad_output: the derivative in the value of the loss, a scalar.
         totals: of the energy; they make the gradient NaN if a point was not finite.
         split: which gradients are wanted, and how they look.
         pairs: that the energy is divided by.
     """
     factor = (grad_output * ((2 if twice else 1) / pairs) + totals[6]).to(grad.dtype)
-    if inverse is None:
+    if points is None or inverse is None:
         grad = grad * factor
     else:  # y = x / |x| varies across itself only, but for a length that was _EPSILON
         along = torch.linalg.vecdot(grad, points) * (inverse * _EPSILON < 1)

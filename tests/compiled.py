@@ -9,6 +9,7 @@ import importlib.util
 import os
 from contextlib import nullcontext
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -170,3 +171,13 @@ def loss_and_gradients(settings: dict[str, Any], *inputs: Any) -> list[Any]:
     assert loss.last_stats is not None
     leaves = [embeddings, loss.proxies, *bank[:1]]
     return [value.detach(), *loss.last_stats.values(), *(leaf.grad for leaf in leaves)]
+
+
+def host_part(repeats: int, out: Path) -> None:
+    """Time the host's part of a step."""
+    from rich.console import Console
+
+    from bench.host import run
+    from bench.settings import HostSettings
+
+    run(HostSettings(repeats=repeats), out, Console(quiet=True))

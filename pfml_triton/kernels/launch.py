@@ -28,6 +28,11 @@ INTERPRETED = not isinstance(_force_kernel, triton.JITFunction)
 _tiles_here = tuning.tiles_here
 
 
+def _cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. That of Triton takes microseconds on the host."""
+    return -(-a // b)
+
+
 def obstacle(points: Tensor) -> str | None:
     """Why the kernels cannot serve these points, or None."""
     if INTERPRETED:
@@ -63,7 +68,7 @@ class Cloud:
     tiles: Tiles
 
     def __len__(self) -> int:
-        return len(self.points)
+        return self.points.shape[0]  # len() of a tensor takes microseconds
 
 
 def gather(
@@ -85,7 +90,7 @@ def gather(
         basis: [D, at most 60] bfloat16, that of the sketch; None leaves the sketch out.
         tiles: tile shapes; None takes those of the tuning file or the table (tuning.py).
     """
-    (b, dim), n = x.shape, len(labels)
+    (b, dim), n = x.shape, labels.shape[0]
     inverse, is_placed = None, unit or rest is not None
     real = torch.promote_types(x.dtype, torch.float32) if rest is None else rest.dtype
     if tiles is None:
@@ -96,7 +101,7 @@ def gather(
         rest = x
     else:
         rest = rest if rest.stride(1) == 1 else rest.contiguous()
-    rows, depth = triton.cdiv(n, ROWS) * ROWS, padded_depth(dim)
+    rows, depth = _cdiv(n, ROWS) * ROWS, padded_depth(dim)
     if is_placed:
         points = x.new_empty(n, dim, dtype=real)
     if unit:
@@ -135,12 +140,12 @@ def gather(
 def near_tiles(acted_on: Cloud, acting: Cloud) -> Tensor:
     """Which tiles of 16 x 16 pairs the sketches let through: bits [P / 16, Q / 128] uint8."""
     tiles = acted_on.tiles
-    height, width = len(acted_on.sq_norm), len(acting.sq_norm)
+    height, width = acted_on.sq_norm.shape[0], acting.sq_norm.shape[0]
     near = acted_on.labels.new_empty(height // TILE_M, width // 128, dtype=torch.uint8)
-    if len(acted_on.left) == 0:  # not sketched: all of them
+    if acted_on.left.shape[0] == 0:  # not sketched: all of them
         return near.fill_(255)
     blocks_y = width // tiles.filter_n
-    grid = height // FILTER_M, triton.cdiv(blocks_y, tiles.filter_strip)
+    grid = height // FILTER_M, _cdiv(blocks_y, tiles.filter_strip)
     _filter_kernel[grid](
         acted_on.left, acting.right, near, near.stride(0), blocks_y,
         MUTUAL=acting is acted_on, K=acting.right.shape[1], STRIP=tiles.filter_strip,
@@ -166,7 +171,7 @@ def field_terms(
         alone = x.new_full((n,), torch.inf, dtype=real)
         at_rest = x.new_zeros(n, dtype=real)
         return FieldTerms(at_rest, nothing, nothing, nothing, still, alone, nothing[:0], 0)
-    tiles_x, tiles_y = triton.cdiv(n, TILE_M), triton.cdiv(m, TILE_N)
+    tiles_x, tiles_y = _cdiv(n, TILE_M), _cdiv(m, TILE_N)
     extra = tiles.extra_programs if tiles_y > tiles.long_list else 0
     out_rows = n + extra * TILE_M
     energy, nearest = x.new_empty(out_rows, dtype=real), x.new_empty(out_rows, dtype=real)
@@ -176,7 +181,7 @@ def field_terms(
     with torch.cuda.device_of(x):
         near = near_tiles(acted_on, acting)
         depth = acted_on.coarse.shape[1]
-        programs = triton.cdiv(dim, tiles.depth_multiple)
+        programs = _cdiv(dim, tiles.depth_multiple)
         is_padded = not dim == depth == programs * tiles.depth_multiple
         extra_of, budget = active, active  # not read, but a kernel wants a pointer
         if extra:
@@ -190,7 +195,7 @@ def field_terms(
             _plan_kernel[(1,)](
                 count, extra_of, budget, tiles_x, extra, tiles.least_budget, BLOCK=1024, **FUSED,
             )  # fmt: skip
-        coarse_depth = triton.cdiv(dim, tiles.block_k) * tiles.block_k
+        coarse_depth = _cdiv(dim, tiles.block_k) * tiles.block_k
         alpha, integer = potential.alpha, round(potential.alpha)
         _force_kernel[(tiles_x + extra, programs if needs_grad else 1)](
             acted_on.points, acted_on.order, acted_on.coarse,
@@ -210,7 +215,7 @@ def field_terms(
             BLOCK_K=tiles.block_k, BLOCK_D=tiles.block_d, **tiles.options(),
         )  # fmt: skip
         if extra:
-            _join_kernel[(tiles_x, triton.cdiv(dim, 128) if needs_grad else 1)](
+            _join_kernel[(tiles_x, _cdiv(dim, 128) if needs_grad else 1)](
                 extra_of, acted_on.order, energy, attracting, repelling, own_class, nearest, grad,
                 n, dim, NEEDS_GRAD=needs_grad, BLOCK_M=TILE_M, BLOCK_D=128, **FUSED,
             )  # fmt: skip
@@ -250,16 +255,16 @@ def total(
             terms.energy, terms.attracting, terms.repelling, terms.own_class, terms.nearest,
             terms.active, acted_on.sq_norm, acting.sq_norm,
             totals if before is None else before, value, totals,
-            len(acted_on), len(acting), len(terms.active), terms.tiles, *constants,
+            len(acted_on), len(acting), terms.active.shape[0], terms.tiles, *constants,
             MUTUAL=acting is acted_on, AFTER=before is not None, MEAN=mean,
-            BLOCK=2048, num_warps=16, **FUSED,
+            BLOCK=1024, num_warps=8, **FUSED,
         )  # fmt: skip
     return value, totals
 
 
 def pull_back(
     grad: Tensor,
-    points: Tensor,
+    points: Tensor | None,
     inverse: Tensor | None,
     *,
     grad_output: Tensor,
@@ -272,18 +277,19 @@ def pull_back(
 
     Args:
         grad: [N, D] of the energy in the points, or of half of it if `twice`.
-        points, inverse: of the cloud.
+        points, inverse: of the cloud, if its points were scaled; else None.
         grad_output: the derivative in the value of the loss, a scalar.
         totals: of the energy; they make the gradient NaN if a point was not finite.
         split: which gradients are wanted, and how they look.
         pairs: that the energy is divided by.
     """
-    n, dim = points.shape
-    block_d = min(128, max(16, triton.next_power_of_2(dim)))
+    n, dim = grad.shape
+    block_d = min(128, max(16, 1 << (dim - 1).bit_length()))
     first, second = split.empty(grad)
     with torch.cuda.device_of(grad):
-        _pull_back_kernel[(triton.cdiv(n, TILE_M),)](
-            grad, points, grad if inverse is None else inverse, grad_output, totals,
+        _pull_back_kernel[(_cdiv(n, TILE_M),)](
+            grad, grad if points is None else points, grad if inverse is None else inverse,
+            grad_output, totals,
             grad if first is None else first, grad if second is None else second,
             split.b, n, dim, pairs,
             TWICE=twice, UNIT=inverse is not None,

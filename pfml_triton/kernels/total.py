@@ -49,7 +49,7 @@ def _total_kernel(
     own_class = tl.zeros((BLOCK,), tl.int64)
     nothing = tl.zeros((BLOCK,), tl.float64)
     nearest = tl.full((BLOCK,), float("inf"), nearest_ptr.dtype.element_ty)
-    for first in range(0, N, BLOCK):
+    for first in tl.range(0, N, BLOCK, num_stages=3):
         row, there = first + i, first + i < N
         attracts = tl.load(attracting_ptr + row, mask=there, other=0)
         repels = tl.load(repelling_ptr + row, mask=there, other=0)

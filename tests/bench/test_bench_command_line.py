@@ -19,9 +19,14 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--help"], ["retrieval", "pruning", "figure"]),
+        (["--help"], ["retrieval", "speed", "plot", "host", "roofline", "figure"]),
         (["retrieval", "--help"], ["--epochs", "--device", "{auto,cpu,cuda}", "--out"]),
-        (["pruning", "--help"], ["--sizes", "--slow", "{auto,cpu,cuda}", "--out"]),
+        (["speed", "--help"], ["--sizes", "faces-100k", "100,512", "--slow", "{auto,cpu,cuda}"]),
+        (["plot", "--help"], ["growth", "--rows", "--out"]),
+        (
+            ["roofline", "--help"],
+            ["--arch", "sm_100 (B200)", "faces-100k", "--explain", "--validate"],
+        ),
         (["figure", "--help"], ["--out"]),
     ],
 )
@@ -38,7 +43,9 @@ def test_help(arguments: list[str], words: list[str]) -> None:
         (["nothing"], ["'nothing'", "retrieval", "figure"]),
         (["retrieval", "--device", "tpu"], ["'tpu'", "auto", "cpu", "cuda"]),
         (["retrieval", "--epochs", "many"], ["--epochs", "'many'"]),
-        (["pruning", "--sizes", "huge"], ["'huge'", "small", "sop", "large", "worst"]),
+        (["speed", "--sizes", "huge"], ["'huge'", "cub", "vit-sop", "faces-100k", "collapsed"]),
+        (["speed", "--providers", "x"], ["'x'", "pfml-triton", "keops", "proxy-anchor"]),
+        (["plot", "pie", "--out", "x.png"], ["'pie'", "speed", "growth"]),
         (["figure"], ["--out"]),
     ],
 )

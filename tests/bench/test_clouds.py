@@ -3,13 +3,11 @@ import torch
 from torch import Tensor
 
 from bench.clouds import make_cloud
-from bench.settings import PruningSettings
+from bench.settings import SIZES, Size
 from pfml_triton import Potential
 
-SETTINGS = PruningSettings(
-    small_points=400, large_points=600, worst_points=200, sop_classes=150, sop_batch=20
-)
 DELTA = Potential().delta
+APART = Size(batch=20, classes=150, proxies=2)
 
 
 def distances(points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -20,44 +18,69 @@ def distances(points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return d[same], d[~same]
 
 
-@pytest.mark.parametrize(("name", "n"), [("small", 400), ("large", 600), ("sop", 320)])
-def test_classes_attract_and_are_well_apart(name: str, n: int) -> None:
-    points, labels = make_cloud(name, SETTINGS)
-    assert (points.shape, points.dtype) == ((n, 512), torch.float32)
-    torch.testing.assert_close(points.norm(dim=1), torch.ones(n))
+def test_sizes_are_those_of_the_data_sets() -> None:
+    found = {name: (s.n, s.batch, s.classes, s.proxies, s.depth) for name, s in SIZES.items()}
+    assert found == {
+        "cub": (1_600, 100, 100, 15, 512),
+        "cars": (1_570, 100, 98, 15, 512),
+        "sop": (22_736, 100, 11_318, 2, 512),
+        "vit-sop": (22_736, 100, 11_318, 2, 384),
+        "faces-100k": (100_512, 512, 100_000, 1, 512),
+        "one-class": (8_000, 100, 1, 7_900, 512),
+        "collapsed": (8_000, 100, 1_975, 4, 512),
+    }
+
+
+def test_classes_attract_and_are_well_apart() -> None:
+    points, labels, _ = make_cloud(APART, seed=0)
+    assert (points.shape, points.dtype) == ((320, 512), torch.float32)
+    torch.testing.assert_close(points.norm(dim=1), torch.ones(320))
     own, other = distances(points, labels)
     assert 0.3 < own.min() < 0.4
     assert 0.55 < own.max() < 0.65
     assert other.min() > 1.1
 
 
-def test_sop_is_a_batch_and_then_two_proxies_of_every_class() -> None:
-    _, labels = make_cloud("sop", SETTINGS)
-    assert torch.equal(labels[20:], torch.arange(150).repeat_interleave(2))
-    assert labels[:20].unique(return_counts=True)[1].tolist() == 10 * [2]
+def test_a_cloud_is_a_batch_and_then_the_proxies_of_every_class() -> None:
+    cloud = make_cloud(APART, seed=0)
+    assert torch.equal(cloud.labels[20:], torch.arange(150).repeat_interleave(2))
+    assert cloud.batch_labels.unique(return_counts=True)[1].tolist() == 10 * [2]
+    assert (cloud.embeddings.shape, cloud.proxies.shape) == ((20, 512), (150, 2, 512))
+    whole = torch.cat([cloud.embeddings, cloud.proxies.flatten(0, 1)])
+    assert torch.equal(whole, cloud.points)
 
 
-def test_small_is_in_classes_of_four_in_random_order() -> None:
-    _, labels = make_cloud("small", SETTINGS)
-    assert labels.unique(return_counts=True)[1].tolist() == 100 * [4]
-    assert not torch.equal(labels, labels.sort().values)
+def test_a_batch_larger_than_its_classes_has_more_of_each() -> None:
+    cloud = make_cloud(Size(batch=12, classes=3, proxies=0, depth=8), seed=0)
+    assert cloud.batch_labels.unique(return_counts=True)[1].tolist() == 3 * [4]
 
 
 def test_in_the_worst_clouds_every_pair_acts() -> None:
-    points, labels = make_cloud("one class", SETTINGS)
+    points, labels, _ = make_cloud(Size(20, 1, 180, kind="one-class"), seed=0)
     own, other = distances(points, labels)
     assert (len(points), len(other)) == (200, 0)
     assert own.min() > 1
-    points, labels = make_cloud("collapsed", SETTINGS)
+    points, labels, _ = make_cloud(Size(20, 45, 4, kind="collapsed"), seed=0)
     own, other = distances(points, labels)
-    assert len(own) == 50 * 6
     assert max(own.max(), other.max()) < DELTA
     assert other.min() > 0.05
 
 
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (Size(2, 2, 1, kind="elsewhere"), "apart, one-class, collapsed, got 'elsewhere'"),
+        (Size(2, 2, 1, kind="one-class"), "classes = 1, got 2"),
+    ],
+)
+def test_a_cloud_that_cannot_be(size: Size, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_cloud(size, seed=0)
+
+
 def test_a_cloud_is_fixed_by_its_seed() -> None:
-    points, labels = make_cloud("small", SETTINGS)
-    again, labels_again = make_cloud("small", SETTINGS)
+    points, labels, _ = make_cloud(APART, seed=0)
+    again, labels_again, _ = make_cloud(APART, seed=0)
     assert torch.equal(points, again)
     assert torch.equal(labels, labels_again)
-    assert not torch.equal(points, make_cloud("small", PruningSettings(seed=1))[0][:400])
+    assert not torch.equal(points, make_cloud(APART, seed=1).points)

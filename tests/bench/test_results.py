@@ -1,9 +1,12 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
-from bench.results import append_row, provenance
+import pfml_triton
+from bench import results
+from bench.results import append_row, provenance, read_rows
 
 
 def test_rows_are_appended_one_a_line(tmp_path: Path) -> None:
@@ -19,5 +22,42 @@ def test_provenance_says_what_ran_where() -> None:
     assert row["device"] == "cpu"
     assert row["torch"] == torch.__version__
     assert row["threads"] == torch.get_num_threads()
-    assert {"time", "commit", "python", "triton"} <= row.keys()
+    assert {
+        "time",
+        "commit",
+        "python",
+        "triton",
+        "pykeops",
+        "pytorch_metric_learning",
+    } <= row.keys()
+    assert row["pfml_triton"] == pfml_triton.__version__
+    assert row["cpu"]
+    assert row["driver"] is None
     json.dumps(row)
+
+
+def test_rows_are_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"a": 1}, {"a": None, "b": "é\n"}]
+    for row in rows:
+        append_row(path, row)
+    assert read_rows(path) == rows
+
+
+@pytest.mark.parametrize(
+    ("line", "message"), [("{", "line 2 is not JSON"), ("[1]", "line 2 must be an object")]
+)
+def test_a_line_that_is_no_row_is_named(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n' + line)
+    with pytest.raises(ValueError, match=f"rows.jsonl, {message}"):
+        read_rows(path)
+
+
+def test_the_driver_is_what_nvidia_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert results._driver() is None
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 580.65.06\necho 580.65.06\n")
+    tool.chmod(0o755)
+    assert results._driver() == "580.65.06"
