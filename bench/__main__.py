@@ -266,7 +266,7 @@ def _add_tune(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     add("--dtypes", nargs="+", choices=SPEED_DTYPES, default=list(default.dtypes),
         help="of the points")  # fmt: skip
     add("--static", action="store_true", help="rank by modelled time; needs no GPU, but --arch")
-    add("--arch", choices=CHIPS, help="for --static")
+    add("--arch", choices=CHIPS, help="of the chip, for --static")
     add("--file", type=Path, metavar="FILE",
         help="tuning file; if not given, that of PFML_TRITON_TUNING, or "
         "pfml_triton/tuning.json in the user's cache directory")  # fmt: skip

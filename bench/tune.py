@@ -35,6 +35,7 @@ from pfml_triton.kernels import search, tuning
 from pfml_triton.kernels.config import Tiles, padded_depth, tiles_for
 from pfml_triton.sketch import random_basis
 
+ARCHS = tuple(CHIPS)
 DEVICE = "cuda"  # where configurations are timed
 POTENTIAL = Potential()
 SHOWN = 8  # configurations of a table
@@ -105,16 +106,14 @@ def chosen_buckets(settings: TuneSettings) -> Iterator[Bucket]:
             raise ValueError(f"{name} must be some of {known}, got {given}")
     if not settings.depths or not all(1 <= d <= 16_000 for d in settings.depths):
         raise ValueError(f"depths must be in 1..16000, got {settings.depths}")
-    if settings.static and settings.arch not in CHIPS:
-        raise ValueError(
-            f"a static ranking needs an arch, one of {tuple(CHIPS)}, got {settings.arch}"
-        )
+    if settings.static and settings.arch not in ARCHS:
+        raise ValueError(f"a static ranking needs an arch, one of {ARCHS}, got {settings.arch}")
     if settings.arch is not None and not settings.static:
         raise ValueError("arch is for a static ranking: a GPU that is here says what it is")
     if not settings.static and not torch.cuda.is_available():
         raise ValueError(
             "there is no GPU here to time configurations on; --static --arch "
-            f"{'|'.join(CHIPS)} ranks them by their machine code"
+            f"{'|'.join(ARCHS)} ranks them by their machine code"
         )
     for name in settings.sizes:
         for depth in settings.depths:

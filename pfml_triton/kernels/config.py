@@ -68,8 +68,9 @@ def tiles_for(depth: int, points: int = MANY, *, hip: bool = False, hopper: bool
     A depth that is whole (16, 32, 64, 128, 256 or 384) fits 128 threads a program, of which two or
     three share a multiprocessor: one waits for memory while another computes. From 512 on, and
     where a depth is padded, so that masks and second looks want registers, that would spill; a
-    program has 256 threads then, 8 warps of 32 on NVIDIA or 4 of 64 on AMD (`hip`). Beyond 512 the
-    slices are shared out evenly over programs, each of which nominates again.
+    program has 256 threads then, 8 warps of 32 on NVIDIA or 4 of 64 on AMD (`hip`). So it has from
+    256 on where points are few, and a program has a multiprocessor to itself. Beyond 512 the slices
+    are shared out evenly over programs, each of which nominates again.
 
     Left alone, NVIDIA's assembler spills inside loops to reach the next step of occupancy; a stated
     limit stops that.
@@ -82,7 +83,7 @@ def tiles_for(depth: int, points: int = MANY, *, hip: bool = False, hopper: bool
     padded = padded_depth(depth)
     registers: int | None
     few = points <= FEW
-    if depth == padded <= 384 and not hip:
+    if depth == padded <= (128 if few else 384) and not hip:
         block_d = min(padded, 32)
         slices, chunk = padded // block_d, 256
         block_k = block_d if padded <= 128 else 64
@@ -90,7 +91,7 @@ def tiles_for(depth: int, points: int = MANY, *, hip: bool = False, hopper: bool
     else:
         block_d = min(padded, 128)
         needed = padded // block_d
-        slices, chunk = -(-needed // -(-needed // MAX_SLICES)), 512
+        slices, chunk = -(-needed // -(-needed // MAX_SLICES)), 256 if few else 512
         block_k = min(padded, 64 if padded <= 128 else 128)
         warps, registers = (4, None) if hip else (8, 128 if padded <= 64 else 255)
     return Tiles(
@@ -101,8 +102,8 @@ def tiles_for(depth: int, points: int = MANY, *, hip: bool = False, hopper: bool
         num_stages=3,
         max_registers=registers,
         filter_n=256 if hopper and not few else 128,
-        filter_warps=4,
-        filter_stages=2 if few else 3,
+        filter_warps=8 if few and not hip else 4,
+        filter_stages=2 if few and hopper else 3,
         filter_strip=1 if few else 8,
         chunk=chunk,
     )

@@ -137,7 +137,7 @@ def _neighbours(kernel: str, shipped: Tiles) -> Iterable[dict[str, Any]]:
         ]
     return [
         *_occupancies(shipped),
-        *({"num_stages": stages} for stages in (3, 4)),
+        *({"num_stages": stages} for stages in (2, 3, 4)),
         *({"block_k": k} for k in (32, 64, 128)),
         *({"chunk": chunk} for chunk in (128, 256, 512, 1024)),
     ]
