@@ -26,6 +26,7 @@ from bench.settings import (
 )
 
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
+PLOTS = {"speed": "speed.jsonl", "growth": "speed.jsonl", "roofline": "roofline.jsonl"}
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -167,23 +168,27 @@ def _speed(parsed: argparse.Namespace) -> int:
 def _add_plot(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "plot",
-        help="draw the rows that bench speed has left",
-        description="Draw the latest rows of bench speed: 'speed', bars of every provider at every "
-        "size; 'growth', time against N, for rows of --n at several N.",
+        help="draw the rows that bench speed or bench roofline has left",
+        description="Draw the latest rows: 'speed', bars of every provider at every size; "
+        "'growth', time against N, of bench speed at several --n; 'roofline', the parts of "
+        "modelled steps.",
         formatter_class=_Help,
     )
     add = parser.add_argument
-    add("kind", choices=("speed", "growth"), metavar="KIND", help="speed or growth")
-    add("--rows", type=Path, metavar="FILE", default=Path("runs/speed.jsonl"), help="to read")
+    add("kind", choices=PLOTS, metavar="KIND", help=f"one of {', '.join(PLOTS)}")
+    add("--rows", type=Path, metavar="FILE", help="to read; if not given, where they are left")
     add("--out", type=Path, metavar="FILE", required=True, help="picture to write")
     parser.set_defaults(command=_plot)
 
 
 def _plot(parsed: argparse.Namespace) -> None:
     from bench.plots import growth_figure, speed_figure
+    from bench.roofline_plot import roofline_figure
 
+    rows = parsed.rows or Path("runs", PLOTS[parsed.kind])
+    figures = {"speed": speed_figure, "growth": growth_figure, "roofline": roofline_figure}
     parsed.out.parent.mkdir(parents=True, exist_ok=True)
-    (speed_figure if parsed.kind == "speed" else growth_figure)(parsed.rows, parsed.out)
+    figures[parsed.kind](rows, parsed.out)
     print(f"Wrote {parsed.out}")
 
 

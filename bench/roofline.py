@@ -139,7 +139,7 @@ def run(settings: RooflineSettings, out: Path, console: Console | None = None) -
         rows.append(_validation_row(result) | provenance(torch.device("cpu")))
         append_row(out / "roofline.jsonl", rows[-1])
     if not settings.validate:
-        roofline_figure(rows, out / "roofline.png")
+        roofline_figure(out / "roofline.jsonl", out / "roofline.png")
         console.print(f"Wrote {out / 'roofline.png'}", highlight=False)
     return rows
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+
+from bench.results import read_rows
 
 Row = dict[str, Any]
 
@@ -27,24 +28,29 @@ _BAR = 0.62
 _ROOM = 1.3  # of an axis, to the right of its longest bar
 
 
-def roofline_figure(rows: Iterable[Row], path: Path) -> None:
+def roofline_figure(rows_path: Path, out: Path) -> None:
     """Draw the modelled step of each size and chip as a bar of its parts.
 
     Args:
-        rows: those of ``roofline.jsonl``; the last of a kind counts.
-        path: of the picture.
+        rows_path: ``roofline.jsonl``; the last row of a kind counts.
+        out: the picture to create; its folder must exist.
 
     Each size has its own scale. The whisker is from the lower to the upper end of the step, the
     dashed line what two dense bfloat16 products would take at the chip's peak.
+
+    Raises:
+        OSError, ValueError: the rows cannot be read, or no step is among them.
     """
     steps: dict[str, dict[str, Row]] = {}
     kernels: dict[tuple[str, str], dict[str, float]] = {}
-    for row in rows:
+    for row in read_rows(rows_path):
         key = row.get("size"), row["chip"]
         if row["level"] == "step":
             steps.setdefault(row["size"], {})[row["chip"]] = row
         elif row["level"] == "kernel":
             kernels.setdefault(key, {})[row["kernel"]] = row["us_point"]  # type: ignore[arg-type]
+    if not steps:
+        raise ValueError(f"{rows_path} has no modelled step: run `python -m bench roofline`")
     heights = [len(chips) + 0.9 for chips in steps.values()]
     figure = Figure(figsize=(9, 1.5 + 0.42 * sum(heights)), layout="constrained")
     axes = figure.subplots(len(steps), 1, squeeze=False, height_ratios=heights)[:, 0]
@@ -57,12 +63,11 @@ def roofline_figure(rows: Iterable[Row], path: Path) -> None:
     handles.append(Line2D([], [], **_DENSE))
     names.append("two dense products")
     figure.legend(
-        handles, names, loc="outside upper center", ncols=len(names), frameon=False, fontsize=9,
-        handlelength=1.4, handletextpad=0.5, columnspacing=1.2,
+        handles, names, loc="outside upper center", ncols=-(-len(names) // 2), frameon=False,
+        fontsize=9, handlelength=1.4, handletextpad=0.5, columnspacing=1.2,
         title="Modelled from the machine code, not measured", title_fontsize=11,
     )  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160)
+    figure.savefig(out, dpi=160)
 
 
 def _draw(

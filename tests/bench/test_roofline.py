@@ -17,6 +17,7 @@ from bench.chips import CHIPS
 from bench.clouds import make_cloud
 from bench.counting import Work, count_work, record_step
 from bench.estimate import Estimate, makespan
+from bench.results import append_row
 from bench.roofline_plot import roofline_figure
 from bench.settings import SIZES, RooflineSettings, Size
 from bench.validation import Published, Validation
@@ -227,12 +228,17 @@ def test_the_picture_needs_nothing_but_rows(tmp_path: Path) -> None:
         step | {"dense_bfloat16_us": 3},
         {"level": "validation", "chip": "X1"},
     ]
-    roofline_figure(rows, tmp_path / "a.png")
-    rows[1]["dense_bfloat16_us"] = 3e4  # beyond the axis
-    roofline_figure(rows, tmp_path / "b.png")
+    for name, dense in (("a", 3), ("b", 3e4)):  # and beyond the axis
+        rows[1]["dense_bfloat16_us"] = dense
+        for row in rows:
+            append_row(tmp_path / f"{name}.jsonl", row)
+        roofline_figure(tmp_path / f"{name}.jsonl", tmp_path / f"{name}.png")
     a, b = ((tmp_path / name).read_bytes() for name in ("a.png", "b.png"))
     assert a.startswith(b"\x89PNG")
     assert a != b
+    (tmp_path / "none.jsonl").write_text("")
+    with pytest.raises(ValueError, match="none.jsonl has no modelled step: run"):
+        roofline_figure(tmp_path / "none.jsonl", tmp_path / "none.png")
 
 
 @pytest.mark.parametrize(
