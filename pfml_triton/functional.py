@@ -281,7 +281,7 @@ class _PotentialEnergy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        points, proxies, _, totals, *saved = ctx.saved_tensors
+        points, proxies, sources, totals, *saved = ctx.saved_tensors
         if grad_output is None:
             return None, None, None, None
         of_cloud = partial(
@@ -299,7 +299,7 @@ class _PotentialEnergy(torch.autograd.Function):
             third, _ = of_cloud(source_grad, source_placed, source_inverse, split=split)
         if torch.is_grad_enabled():
             first, second, third = (
-                None if g is None else _OnceDifferentiable.apply(g, points)
+                None if g is None else _OnceDifferentiable.apply(g, points, proxies, sources)
                 for g in (first, second, third)
             )
         return first, second, third, None
@@ -334,11 +334,11 @@ class _ClassPotential(torch.autograd.Function):
 
 
 class _OnceDifferentiable(torch.autograd.Function):
-    """The identity on a gradient that was computed in forward: it depends on `points`, but not by
+    """The identity on a gradient that was computed in forward: it depends on the inputs, but not by
     way of a graph, so a second derivative would be wrong without a word."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, points: Tensor) -> Tensor:
+    def forward(ctx: Any, grad: Tensor, *inputs: Tensor | None) -> Tensor:
         return grad.view_as(grad)
 
     @staticmethod
@@ -359,7 +359,8 @@ def _chosen_basis(prune: bool, points: Tensor) -> Tensor | None:
 def _choose_backend(backend: str, points: Tensor, potential: Potential) -> Backend:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
-    largest = 1e300 if points.dtype == torch.float64 else 1e37
+    # The kernels take constants as float32, even where the interpreter computes in float64.
+    largest = 1e300 if points.dtype == torch.float64 and backend != "triton" else 1e37
     if potential.max_stiffness > largest:
         raise ValueError(
             f"the force of this potential overflows: alpha * min_distance^-(alpha + 2) must be <= "

@@ -86,7 +86,9 @@ def gather(
         x = torch.cat([x.to(dtype), rest.to(dtype)])
     points, inverse = x.to(dtype), None
     if unit:
-        inverse = torch.linalg.vector_norm(points, dim=1).clamp_min_(_EPSILON).reciprocal_()
+        length = torch.linalg.vector_norm(points, dim=1)
+        length += length * 0  # NaN where it overflows: the point must not become the origin
+        inverse = length.clamp_min_(_EPSILON).reciprocal_()
         points = points * inverse[:, None]
     return Cloud(points, inverse, labels, basis)
 
@@ -201,7 +203,7 @@ def pull_back(
     if points is None or inverse is None:
         grad = grad * factor
     else:  # y = x / |x| varies across itself only, but for a length that was _EPSILON
-        along = torch.linalg.vecdot(grad, points) * (inverse * _EPSILON < 1)
+        along = (grad * points).sum(1) * (inverse * _EPSILON < 0.999)  # whatever the rounding
         grad = torch.addcmul(grad, along[:, None], points, value=-1) * (factor * inverse)[:, None]
     first, second = (
         None if dtype is None else part.to(dtype)

@@ -20,6 +20,11 @@ def leave_interpreter() -> None:
     os.environ.pop("TRITON_INTERPRET", None)
 
 
+# Of what is compiled: how many points, whether they are gathered and scaled, whether with gradient.
+VARIANTS = ((5000, True, True), (5000, False, True), (5000, False, False), (1600, False, True))
+_read: dict[str, Any] = {}  # machine code that this process has looked at, by hash
+
+
 def machine_code(shape: Shape, alpha: float = 3.0) -> dict[str, Any]:
     """Compile every kernel that a loss of this shape launches: name -> bench.aot.MachineCode."""
     import torch
@@ -32,31 +37,35 @@ def machine_code(shape: Shape, alpha: float = 3.0) -> dict[str, Any]:
     from pfml_triton.sketch import random_basis
 
     arch, dtype, depth = shape
-    points = torch.empty(5000, depth, dtype=getattr(torch, dtype), device="meta")
-    labels = torch.empty(5000, dtype=torch.int64, device="meta")
     basis = random_basis(depth, torch.device("cpu")).to("meta")
-    tiles = tiles_for(depth, hip=arch.startswith("gfx"), hopper=arch == "sm_90")
-    codes = {}
-    for needs_grad in (True, False):
-        p, (x, rest) = Potential(alpha), points.split([100, 4900])
-        split = Split(100, (x.dtype, torch.float32))
+    potential, codes, hashes = Potential(alpha), {}, set()
+    for n, is_placed, needs_grad in VARIANTS:
+        points = torch.empty(n, depth, dtype=getattr(torch, dtype), device="meta")
+        rest = None
+        if is_placed:
+            points, rest = points[:100], points[100:].float()
+        labels = torch.empty(n, dtype=torch.int64, device="meta")
+        tiles = tiles_for(depth, n, hip=arch.startswith("gfx"), hopper=arch == "sm_90")
         with aot.record() as launches:
             cloud = launch.gather(
-                x, labels, p, rest=rest.float(), unit=True, basis=basis, tiles=tiles
+                points, labels, potential, rest=rest, unit=is_placed, basis=basis, tiles=tiles
             )
-            terms = launch.field_terms(cloud, cloud, p, needs_grad=needs_grad)
-            value, totals = launch.total(terms, cloud, cloud, p)
-            if terms.grad is not None:
+            terms = launch.field_terms(cloud, cloud, potential, needs_grad=needs_grad)
+            value, totals = launch.total(terms, cloud, cloud, potential)
+            if is_placed and terms.grad is not None:
+                split = Split(100, (points.dtype, torch.float32))
                 launch.pull_back(
                     terms.grad, cloud.points, cloud.inverse,
                     grad_output=value, totals=totals, split=split,
                 )  # fmt: skip
         for made in launches:
-            name = made.kernel.__name__
-            if name == "_force_kernel":
-                name += f"(grad={needs_grad}, alpha={alpha:g})"
-            if name not in codes:
-                codes[name] = aot.inspect(made.compile(arch))
+            compiled = made.compile(arch)
+            if compiled.hash not in hashes:
+                hashes.add(compiled.hash)
+                if compiled.hash not in _read:
+                    _read[compiled.hash] = aot.inspect(compiled)
+                how = f"(N={n}, placed={is_placed}, grad={needs_grad}, alpha={alpha:g})"
+                codes[made.kernel.__name__ + how] = _read[compiled.hash]
     return codes
 
 

@@ -173,6 +173,11 @@ def test_double_backward_is_refused() -> None:
     (grad,) = torch.autograd.grad(potential_energy(x, LABELS), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiable once"):
         (grad.sum() + x.sum()).backward()
+    sources = X.flip(1).requires_grad_()
+    energy = potential_energy(X, LABELS, sources=sources, source_labels=LABELS)
+    (grad,) = torch.autograd.grad(energy, sources, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        grad.sum().backward()
 
 
 @pytest.mark.parametrize(

@@ -85,10 +85,32 @@ def test_embeddings_of_other_dtypes(dtype: torch.dtype) -> None:
 def test_autocast_does_not_change_the_loss() -> None:
     """Many classes far apart, so that the backend takes its matrix product."""
     loss = PFMLLoss(200, 16, 1)
-    x = torch.randn(200, 16)
+    x = torch.randn(200, 16, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         inside = loss(x, torch.arange(200))
-    assert torch.equal(inside, loss(x, torch.arange(200)))
+        (grad,) = torch.autograd.grad(inside, x)
+    outside = loss(x, torch.arange(200))
+    assert torch.equal(inside, outside)
+    assert torch.equal(grad, torch.autograd.grad(outside, x)[0])
+
+
+def test_double_backward_is_refused() -> None:
+    loss = PFMLLoss(C, D, M)
+    (grad,) = torch.autograd.grad(loss(EMBEDDINGS, LABELS), loss.proxies, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        grad.square().sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_lengths_that_overflow_show(backend: str) -> None:
+    """The point does not become the origin."""
+    loss, x = PFMLLoss(C, D, M, backend=backend), EMBEDDINGS.clone()
+    x[1, 0] = 1e20
+    value = loss(x.requires_grad_(), LABELS)
+    value.backward()
+    assert torch.isnan(value)
+    assert x.grad is not None
+    assert torch.isnan(x.grad).all()
 
 
 def test_reference_embeddings_add_their_field_without_receiving_force() -> None:

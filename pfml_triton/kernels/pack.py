@@ -80,6 +80,8 @@ def _pack_kernel(
             )  # fmt: skip
             squares += x * x
         length = tl.maximum(tl.sqrt(tl.sum(squares, 1)), EPSILON)
+        # A point whose length overflows must not become the origin.
+        length = tl.where(length < float("inf"), length, float("nan"))
         tl.store(inverse_ptr + index, 1.0 / length, mask=rows < N)
     out_row = rows.to(tl.int64) * depth
     sq_norm = tl.zeros((BLOCK_M, BLOCK_D), real)
@@ -178,7 +180,8 @@ def _pull_back_kernel(
             grad = tl.load(grad_ptr + row[:, None] + d[None, :], mask=inside, other=0.0)
             y = tl.load(points_ptr + row[:, None] + d[None, :], mask=inside, other=0.0)
             products += grad * y
-        along = tl.where(inverse * EPSILON < 1.0, tl.sum(products, 1), 0.0)
+        # 1 or less than it, whatever the rounding
+        along = tl.where(inverse * EPSILON < 0.999, tl.sum(products, 1), 0.0)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         inside = (rows < N)[:, None] & (d < D)[None, :]

@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +30,7 @@ from .config import Tiles, padded_depth, tiles_for
 FILE_VARIABLE, AUTOTUNE_VARIABLE = "PFML_TRITON_TUNING", "PFML_TRITON_AUTOTUNE"
 AUTOTUNE_CHOICES = ("0", "1")
 FORMAT = 1  # of the file
+FEWEST = 256  # points of a first call that speak for their bucket
 
 _POWERS = tuple(1 << i for i in range(12))
 # The fields of Tiles that are tuned, and the values that a file may have.
@@ -129,9 +129,10 @@ def _resolve(call: _Call, x: Tensor, others: tuple[Any, ...]) -> Tiles:
         key = key_of(device, dtype, depth, points)
         found = {} if path is None else _entries(path, device, autotunes == "1")
         if key in found:
-            tiles = replace(tiles, **found[key])
+            limit = {} if tiles.max_registers else {"max_registers": None}  # AMD has none
+            tiles = replace(tiles, **found[key] | limit)
         elif autotunes == "1":
-            if not others or not may_tune(x):
+            if not others or len(others[0]) < FEWEST or not may_tune(x):
                 return tiles  # a later call may tune
             from . import search
 
@@ -168,7 +169,7 @@ def tuning_file() -> Path | None:
     """Where the tuning file is or would be; None for no file."""
     named = os.environ.get(FILE_VARIABLE)
     if named is not None:
-        return Path(named).expanduser() if named else None
+        return Path(os.path.expanduser(named)) if named else None
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(cache, "pfml_triton", "tuning.json")
 
@@ -210,7 +211,7 @@ def parse(path: Path) -> dict[str, Any]:
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON, and of UTF-8
+    except (ValueError, RecursionError) as error:  # of JSON, and of UTF-8
         raise TuningFileError(f"it is not JSON: {error}") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         got = data.get("format") if isinstance(data, dict) else type(data).__name__
@@ -301,15 +302,14 @@ def save(path: Path, entry: dict[str, Any]) -> None:
         except FileNotFoundError:
             data = {"format": FORMAT, "entries": []}
         data["entries"] = [*(e for e in data["entries"] if not _same(e, entry)), entry]
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            try:
-                json.dump(data, file, indent=1)
-                file.close()
-                os.replace(file.name, path)
-            except BaseException:
-                with suppress(OSError):
-                    os.unlink(file.name)
-                raise
+        new = path.with_name(path.name + ".new")
+        try:
+            new.write_text(json.dumps(data, indent=1), encoding="utf-8")
+            if path.exists():
+                new.chmod(path.stat().st_mode)
+            new.replace(path)
+        finally:
+            new.unlink(missing_ok=True)
     forget()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -145,6 +144,7 @@ def assert_told_once(*words: str) -> None:
 @pytest.mark.parametrize(
     ("data", "words"),
     [
+        ("[" * 100_000, ["not JSON"]),
         ("{", ["not JSON"]),
         ('"\xff', ["not JSON"]),
         ([], ["format 'list'", "expected 1"]),
@@ -215,7 +215,7 @@ def test_saving_replaces_the_entry_of_the_same_key_only(path: Path) -> None:
         assert tuning.tiles_here(X).chunk == 128
 
 
-@pytest.mark.parametrize("function", ["replace", "open"])
+@pytest.mark.parametrize("function", ["replace", "write_text"])
 def test_what_cannot_be_written_leaves_the_file_as_it_was(
     path: Path, monkeypatch: pytest.MonkeyPatch, function: str
 ) -> None:
@@ -225,13 +225,18 @@ def test_what_cannot_be_written_leaves_the_file_as_it_was(
     def refuses(*args: Any, **kwargs: Any) -> None:
         raise PermissionError("read-only")
 
-    where = os if function == "replace" else tuning.tempfile
-    name = "replace" if function == "replace" else "NamedTemporaryFile"
-    monkeypatch.setattr(where, name, refuses)
+    monkeypatch.setattr(Path, function, refuses)
     with pytest.raises(PermissionError, match="read-only"):
         tuning.save(path, entry(X, chunk=128))
     assert path.read_bytes() == before
     assert {p.name for p in path.parent.iterdir()} == {"tuning.json", "tuning.json.lock"}
+
+
+def test_a_file_that_others_may_read_stays_so(path: Path) -> None:
+    tuning.save(path, entry(X))
+    path.chmod(0o664)
+    tuning.save(path, entry(X, chunk=128))
+    assert path.stat().st_mode & 0o777 == 0o664
 
 
 def save_many(path: Path, first: int) -> None:
@@ -352,6 +357,7 @@ def test_times_that_tie_keep_what_is_shipped() -> None:
 def times(monkeypatch: pytest.MonkeyPatch) -> Times:
     """Of tuning on the first call, one kernel of it: the second of three configurations wins."""
     bench, tune = Times(2.0, 1.0, 3.0), search.tune
+    monkeypatch.setattr(tuning, "FEWEST", 40)
     monkeypatch.setattr(search, "KERNELS", {"_pack_kernel": search.KERNELS["_pack_kernel"]})
     monkeypatch.setattr(
         search,
@@ -382,8 +388,8 @@ def test_the_first_call_tunes_only_if_asked(
     call()
     assert times.asked == 0
     monkeypatch.setattr(tuning, "may_tune", lambda x: True)
-    call()
-    assert times.asked == 3
+    terms_of(launch, x[:39], labels[:39], x, labels, POTENTIAL, needs_grad=False, basis=None)
+    assert times.asked == 3  # by the 40 points, not by fewer
     (saved,) = json.loads(path.read_text())["entries"]
     assert saved["tiles"] == tuning.tuned_fields(tuning.tiles_here(x))
     assert saved["tiles"] != tuning.tuned_fields(shipped_tiles(x))
@@ -428,6 +434,22 @@ def test_a_configuration_with_another_result_is_not_taken(
     with pytest.warns(TuningWarning, match="grad differs by"):
         cloud = launch.gather(x, labels, POTENTIAL)
     assert cloud.tiles == shipped
+    assert not path.exists()
+
+
+def test_what_fails_while_tuning_does_not_stop_a_call(
+    path: Path, monkeypatch: pytest.MonkeyPatch, times: Times
+) -> None:
+    monkeypatch.setenv(tuning.AUTOTUNE_VARIABLE, "1")
+    x, labels = make_cloud("clusters", 40, 12, 4, torch.float32)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(search, "tune", full)
+    with pytest.warns(TuningWarning, match="not tuned, so the shipped .* serve: CUDA out of mem"):
+        cloud = launch.gather(x, labels, POTENTIAL)
+    assert cloud.tiles == shipped_tiles(x)
     assert not path.exists()
 
 
