@@ -231,9 +231,12 @@ def _inspect_amd(compiled: Any) -> MachineCode:
     code = [
         line for line in assembly.splitlines() if re.match(r"\s+[vs]_|\s+(ds|global|buffer)_", line)
     ]
+    # Scalar registers that are spilled to lanes of vector registers reserve a stack of 36 bytes,
+    # which no instruction touches.
+    uses_stack = re.search(r"\bscratch_|buffer_(load|store)\w* .*\boff, s\[0:3\]", assembly)
     return MachineCode(
         registers=metadata("vgpr_count"),
-        stack_bytes=metadata("private_segment_fixed_size"),
+        stack_bytes=metadata("private_segment_fixed_size") if uses_stack else 0,
         shared_bytes=compiled.metadata.shared,
         tensor_core_instructions=sum("mfma" in line for line in code),
         instructions=len(code),

@@ -91,7 +91,8 @@ def tiles_for(depth: int, points: int = MANY, *, hip: bool = False, hopper: bool
     else:
         block_d = min(padded, 128)
         needed = padded // block_d
-        slices, chunk = -(-needed // -(-needed // MAX_SLICES)), 256 if few and not hip else 512
+        slices = -(-needed // -(-needed // MAX_SLICES))
+        chunk = 256 if few else 512
         block_k = min(padded, 64 if padded <= 128 else 128)
         warps, registers = (4, None) if hip else (8, 128 if padded <= 64 else 255)
     return Tiles(
