@@ -214,7 +214,7 @@ def shipped_ranking(arch: str, size: str, depth: int) -> dict[str, tuple[float, 
     return {kernel: (shipped[kernel], spills[kernel]) for kernel in shipped}
 
 
-@pytest.mark.full
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("depth", [128, 384, 512])
 @pytest.mark.parametrize("size", ["cub", "sop"])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])

@@ -52,7 +52,9 @@ def test_sample(compiler: ProcessPoolExecutor, arch: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
 def test_all(compiler: ProcessPoolExecutor, arch: str, dtype: str) -> None:
-    check(compiler, [(arch, dtype, depth) for depth in DEPTHS])
+    # float16 differs from bfloat16 in what is loaded, whatever the depth.
+    depths = (128, 512) if dtype == "float16" else DEPTHS
+    check(compiler, [(arch, dtype, depth) for depth in depths])
 
 
 @pytest.mark.full

@@ -527,7 +527,7 @@ def test_some_configurations_compile(compiler: ProcessPoolExecutor) -> None:
     assert not compiler.submit(compiled, "sm_90", 384, "_force_kernel", 30).result()
 
 
-@pytest.mark.full
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kernel", search.KERNELS)
 @pytest.mark.parametrize("depth", [64, 128, 384, 512, 1024])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
