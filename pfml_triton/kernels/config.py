@@ -92,7 +92,7 @@ def tiles_for(depth: int, points: int = MANY, *, hip: bool = False, hopper: bool
         block_d = min(padded, 128)
         needed = padded // block_d
         slices = -(-needed // -(-needed // MAX_SLICES))
-        chunk = 256 if few else 512
+        chunk = 256 if few or depth != padded else 512  # masks want registers
         block_k = min(padded, 64 if padded <= 128 else 128)
         warps, registers = (4, None) if hip else (8, 128 if padded <= 64 else 255)
     return Tiles(
@@ -103,7 +103,9 @@ def tiles_for(depth: int, points: int = MANY, *, hip: bool = False, hopper: bool
         num_stages=3,
         max_registers=registers,
         filter_n=256 if hopper and not few else 128,
-        filter_warps=8 if few and not hip else 4,
+        filter_warps=8
+        if few and depth > 60 and not hip
+        else 4,  # a sketch is 64 deep from there on
         filter_stages=2 if few and hopper else 3,
         filter_strip=1 if few else 8,
         chunk=chunk,
