@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from bench import aot
 from bench.settings import Size
 from pfml_triton import PFMLLoss, Potential
-from pfml_triton.kernels import launch
+from pfml_triton.kernels import launch, tuning
 from pfml_triton.kernels.config import TILE_M, TILE_N, Tiles, tiles_for
 from pfml_triton.sketch import accumulation, lifted, random_basis
 
@@ -53,7 +53,7 @@ def record_step(
     with (
         mock.patch.object(launch, "obstacle", return_value=None),
         mock.patch.object(torch, "autocast", return_value=nullcontext()),  # not for meta
-        mock.patch.object(launch, "_tiles_here", return_value=tiles),
+        mock.patch.object(tuning, "tiles_here", return_value=tiles),
         aot.record() as launches,
     ):
         loss(x, labels)  # looks at the basis of the sketch, which is done once

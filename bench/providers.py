@@ -266,7 +266,7 @@ def tiles_of(name: str, cloud: Cloud, device: torch.device) -> str | None:
     """The tile shapes that Triton's kernels take for a cloud; None for other providers."""
     if PROVIDERS[name].backend not in ("auto", "triton") or device.type != "cuda":
         return None
-    from pfml_triton.kernels import launch
+    from pfml_triton.kernels import tuning
 
-    tiles = asdict(launch._tiles_here(cloud.points))
+    tiles = asdict(tuning.tiles_here(cloud.points))
     return " ".join(f"{key}={value}" for key, value in tiles.items())

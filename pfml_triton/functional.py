@@ -8,7 +8,6 @@ it in forward, and backward only scales it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -16,9 +15,15 @@ import torch
 from torch import Tensor
 
 from . import torch_backend
-from .potential import FieldTerms, Potential, Split
+from .potential import (
+    FieldTerms,
+    Potential,
+    Split,
+    active_energy,
+    nan_unless_finite,
+    rest_energy,
+)
 from .sketch import random_basis
-from .torch_backend import active_energy, nan_unless_finite, rest_energy
 
 try:
     from .kernels import launch as _triton_backend
@@ -53,12 +58,76 @@ class Stats(NamedTuple):
 
 
 class Backend(Protocol):
-    """The functions of pfml_triton.torch_backend and pfml_triton.kernels.launch; see there."""
+    """What pfml_triton.torch_backend and pfml_triton.kernels.launch both are.
 
-    gather: Callable[..., Any]
-    field_terms: Callable[..., FieldTerms]
-    total: Callable[..., tuple[Tensor, Tensor]]
-    pull_back: Callable[..., tuple[Tensor | None, Tensor | None]]
+    Each has a cloud of its own, N points in the order of their class.
+    """
+
+    def gather(
+        self,
+        x: Tensor,
+        labels: Tensor,
+        potential: Potential,
+        *,
+        rest: Tensor | None = None,
+        unit: bool = False,
+        basis: Tensor | None = None,
+    ) -> Any:
+        """The cloud of points `x` [B, D], and of `rest` [N - B, D] if given.
+
+        Args:
+            labels: classes [N], int64.
+            rest: more points, float32 or wider; all are then copied in that dtype.
+            unit: whether to scale the points to unit length.
+            basis: [D, at most 60] bfloat16, Q of the sketch that filters tiles; None takes all.
+        """
+
+    def field_terms(
+        self, acted_on: Any, acting: Any, potential: Potential, *, needs_grad: bool
+    ) -> FieldTerms:
+        """What the field of one cloud does to the points of another, or of itself."""
+
+    def total(
+        self,
+        terms: FieldTerms,
+        acted_on: Any,
+        acting: Any,
+        potential: Potential,
+        *,
+        mean: bool = False,
+        before: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The value of the loss, a scalar, and its `TOTALS`, a vector.
+
+        Args:
+            terms: of the field of `acting` on `acted_on`.
+            mean: whether the value is the energy over the number of ordered pairs of distinct
+                points.
+            before: totals of the field of `acted_on` on itself, which are then included.
+        """
+
+    def pull_back(
+        self,
+        grad: Tensor,
+        points: Tensor | None,
+        inverse: Tensor | None,
+        *,
+        grad_output: Tensor,
+        totals: Tensor,
+        split: Split,
+        pairs: int = 1,
+        twice: bool = False,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of what a cloud was gathered from, `x` and `rest`.
+
+        Args:
+            grad: [N, D] of the energy in the points, or of half of it if `twice`.
+            points, inverse: of the cloud, if its points were scaled; else None.
+            grad_output: the derivative in the value of the loss, a scalar.
+            totals: of the energy; they make the gradient NaN if a point was not finite.
+            split: which gradients are wanted, and how they look.
+            pairs: that the energy is divided by.
+        """
 
 
 class _Field(NamedTuple):
@@ -246,7 +315,7 @@ class _PotentialEnergy(torch.autograd.Function):
         grad, source_grad = terms.grad, None
         n, acting = len(cloud), None
         ctx.twice, ctx.pairs = True, n * (n - 1)
-        if sources is not None:
+        if sources is not None and field.source_labels is not None:
             acting = backend.gather(
                 sources.to(cloud.points.dtype), field.source_labels, potential,
                 unit=field.unit, basis=field.basis,

@@ -30,6 +30,8 @@ from typing import NamedTuple
 
 import torch
 
+EPSILON = 1e-12  # a shorter point is scaled to unit length as if it were that long
+
 
 @dataclass(frozen=True)
 class Potential:
@@ -188,3 +190,29 @@ class Split(NamedTuple):
             for size, dtype in zip(sizes, self.dtypes, strict=True)
         )
         return first, second
+
+
+def active_energy(terms: FieldTerms, potential: Potential) -> torch.Tensor:
+    """What the active pairs of each point have above their constants, >= 0: [N] float64.
+
+    The energy is mostly constants. This is the part of it that forces can lower.
+    """
+    constants = (
+        terms.attracting.double() * potential.attraction_constant
+        + terms.repelling.double() * potential.repulsion_constant
+    )
+    return terms.energy.double() - constants
+
+
+def rest_energy(own_class: torch.Tensor, pairs: int, potential: Potential) -> torch.Tensor:
+    """The energy of as many pairs, `own_class` of them of one class, if none exerts force."""
+    return (
+        own_class.double() * potential.attraction_constant
+        + (pairs - own_class).double() * potential.repulsion_constant
+    )
+
+
+def nan_unless_finite(points: torch.Tensor) -> torch.Tensor:
+    """0 for each point [N], or NaN where it or its squared norm is not finite."""
+    dtype = torch.promote_types(points.dtype, torch.float32)
+    return torch.linalg.vector_norm(points, dim=1, dtype=dtype) * 0

@@ -8,6 +8,8 @@ pairs, few in a trained embedding, are computed from the differences of their po
 however near they are. Where many pairs act it is done as a dense tile in float64 instead, all but
 the pairs that are too near even for that.
 
+What its functions are for, `pfml_triton.functional.Backend` says.
+
 Never N x N: a product has at most `_BLOCK_PAIRS` entries, or 64 rows. The answers of the filter are
 N^2 / 4096 bytes.
 """
@@ -21,7 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .potential import FieldTerms, Potential, Split
+from .potential import (
+    EPSILON,
+    FieldTerms,
+    Potential,
+    Split,
+    active_energy,
+    nan_unless_finite,
+    rest_energy,
+)
 from .sketch import accumulation, lifted
 
 _TILE = 64  # points of a tile
@@ -32,9 +42,6 @@ _COLUMNS = 1024  # of one dense float64 product
 _DENSE_SHARE = 1 / 64  # of a block's pairs: from here on a dense product is the faster one
 _DENSE_SHARE_OF_TILE = 1 / 8  # the same for one active tile, whose product is a small one
 _ACTIVE_SHARE = 0.4  # of a block's tiles: from here on all of them are nominated in one product
-
-
-_EPSILON = 1e-12  # a shorter point is scaled to unit length as if it were that long
 
 
 class Cloud:
@@ -73,13 +80,7 @@ def gather(
     unit: bool = False,
     basis: Tensor | None = None,
 ) -> Cloud:
-    """The cloud of points `x` [B, D], and of `rest` [N - B, D] if given, in one floating dtype.
-
-    Args:
-        labels: classes [N], int64.
-        unit: whether to scale the points to unit length.
-        basis: Q of the sketch that filters tiles; None takes all of them.
-    """
+    """See `Backend`. All points are float32, or wider."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     if rest is not None:
         dtype = torch.promote_types(dtype, rest.dtype)
@@ -88,7 +89,7 @@ def gather(
     if unit:
         length = torch.linalg.vector_norm(points, dim=1)
         length += length * 0  # NaN where it overflows: the point must not become the origin
-        inverse = length.clamp_min_(_EPSILON).reciprocal_()
+        inverse = length.clamp_min_(EPSILON).reciprocal_()
         points = points * inverse[:, None]
     return Cloud(points, inverse, labels, basis)
 
@@ -108,10 +109,7 @@ def _in_full_precision(function: Callable[..., FieldTerms]) -> Callable[..., Fie
 def field_terms(
     acted_on: Cloud, acting: Cloud, potential: Potential, *, needs_grad: bool
 ) -> FieldTerms:
-    """What the field of one cloud does to the points of another, or of itself: see `FieldTerms`.
-
-    The energy is float64, the gradient float32 (float64 for float64 points).
-    """
+    """See `Backend`. The energy is float64, the gradient float32 (float64 for float64 points)."""
     active, tiles = None, acted_on.tiles * acting.tiles
     if acted_on.basis is not None and tiles > 0:
         active = _active_tiles(acted_on, acting, potential, acted_on.basis)
@@ -148,13 +146,7 @@ def total(
     mean: bool = False,
     before: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The value of the loss, a scalar, and its `TOTALS`, a vector.
-
-    Args:
-        terms: of the field of `acting` on `acted_on`.
-        mean: whether the value is the energy over the number of ordered pairs of distinct points.
-        before: totals of the field of `acted_on` on itself, which are then included.
-    """
+    """See `Backend`."""
     n, m, mutual = len(acted_on), len(acting), acting is acted_on
     pairs = n * (m - 1) if mutual else n * m
     own_class = terms.own_class.sum() - (n if mutual else 0)
@@ -189,53 +181,18 @@ def pull_back(
     pairs: int = 1,
     twice: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of what a cloud was gathered from: of `x` [B, D], and of `rest` [N - B, D].
-
-    Args:
-        grad: [N, D] of the energy in the points, or of half of it if `twice`.
-        points, inverse: of the cloud, if its points were scaled; else None.
-        grad_output: the derivative in the value of the loss, a scalar.
-        totals: of the energy; they make the gradient NaN if a point was not finite.
-        split: which gradients are wanted, and how they look.
-        pairs: that the energy is divided by.
-    """
+    """See `Backend`."""
     factor = (grad_output * ((2 if twice else 1) / pairs) + totals[6]).to(grad.dtype)
     if points is None or inverse is None:
         grad = grad * factor
-    else:  # y = x / |x| varies across itself only, but for a length that was _EPSILON
-        along = (grad * points).sum(1) * (inverse * _EPSILON < 0.999)  # whatever the rounding
+    else:  # y = x / |x| varies across itself only, but for a length that was EPSILON
+        along = (grad * points).sum(1) * (inverse * EPSILON < 0.999)  # whatever the rounding
         grad = torch.addcmul(grad, along[:, None], points, value=-1) * (factor * inverse)[:, None]
     first, second = (
         None if dtype is None else part.to(dtype)
         for part, dtype in zip((grad[: split.b], grad[split.b :]), split.dtypes, strict=True)
     )
     return first, second
-
-
-def active_energy(terms: FieldTerms, potential: Potential) -> Tensor:
-    """What the active pairs of each point have above their constants, >= 0: [N] float64.
-
-    The energy is mostly constants. This is the part of it that forces can lower.
-    """
-    constants = (
-        terms.attracting.double() * potential.attraction_constant
-        + terms.repelling.double() * potential.repulsion_constant
-    )
-    return terms.energy.double() - constants
-
-
-def rest_energy(own_class: Tensor, pairs: int, potential: Potential) -> Tensor:
-    """The energy of as many pairs, `own_class` of them of one class, if none exerts force."""
-    return (
-        own_class.double() * potential.attraction_constant
-        + (pairs - own_class).double() * potential.repulsion_constant
-    )
-
-
-def nan_unless_finite(points: Tensor) -> Tensor:
-    """0 for each point [N], or NaN where it or its squared norm is not finite."""
-    dtype = torch.promote_types(points.dtype, torch.float32)
-    return torch.linalg.vector_norm(points, dim=1, dtype=dtype) * 0
 
 
 def _own_class(acted_on: Cloud, acting: Cloud) -> Tensor:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..sketch import MAX_DEPTH, sketch_depth
+
 FUSED = {"enable_fp_fusion": True}  # stated, for its default differs between Tritons
 # Fixed by the bits of filter.py: an active tile, and the rows of a block of the filter.
 TILE_M, TILE_N, FILTER_M = 16, 64, 128
@@ -103,9 +105,7 @@ def tiles_for(depth: int, points: int = MANY, *, hip: bool = False, hopper: bool
         num_stages=3,
         max_registers=registers,
         filter_n=256 if hopper and not few else 128,
-        filter_warps=8
-        if few and depth > 60 and not hip
-        else 4,  # a sketch is 64 deep from there on
+        filter_warps=8 if few and sketch_depth(depth) == MAX_DEPTH and not hip else 4,
         filter_stages=2 if few and hopper else 3,
         filter_strip=1 if few else 8,
         chunk=chunk,

@@ -2,7 +2,7 @@
 
 Pack each cloud, filter, forces, total; where lists can be long, count and plan before the forces,
 and join after them. In backward, pull back. No host synchronisation, no atomics, grids that depend
-on shapes only.
+on shapes only. What the functions are for, `pfml_triton.functional.Backend` says.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from .plan import _count_kernel, _join_kernel, _plan_kernel
 from .total import _total_kernel
 
 INTERPRETED = not isinstance(_force_kernel, triton.JITFunction)
-_tiles_here = tuning.tiles_here
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -81,13 +80,9 @@ def gather(
     basis: Tensor | None = None,
     tiles: Tiles | None = None,
 ) -> Cloud:
-    """The cloud of points `x` [B, D], and of `rest` [N - B, D] if given.
+    """See `Backend`.
 
     Args:
-        labels: classes [N], int64.
-        rest: more points, float32 or wider; both are then copied, in the dtype of `rest`.
-        unit: whether to scale the points to unit length, in float32 or the points' wider dtype.
-        basis: [D, at most 60] bfloat16, that of the sketch; None leaves the sketch out.
         tiles: tile shapes; None takes those of the tuning file or the table (tuning.py).
     """
     (b, dim), n = x.shape, labels.shape[0]
@@ -95,7 +90,7 @@ def gather(
     real = torch.promote_types(x.dtype, torch.float32) if rest is None else rest.dtype
     if tiles is None:
         dtype = real if is_placed else x.dtype
-        tiles = _tiles_here(x, n, dtype, labels, potential, rest, unit, basis)
+        tiles = tuning.tiles_here(x, n, dtype, labels, potential, rest, unit, basis)
     points = x = x if x.stride(1) == 1 else x.contiguous()
     if rest is None:
         rest = x
@@ -158,9 +153,8 @@ def near_tiles(acted_on: Cloud, acting: Cloud) -> Tensor:
 def field_terms(
     acted_on: Cloud, acting: Cloud, potential: Potential, *, needs_grad: bool
 ) -> FieldTerms:
-    """What the field of one cloud does to the points of another, or of itself: see `FieldTerms`.
+    """See `Backend`. The tile shapes are those of the points that are acted on.
 
-    The tile shapes are those of the points that are acted on.
     The energy and the gradient are float32 (float64 for float64 points, under the interpreter).
     """
     x, tiles, n, m = acted_on.points, acted_on.tiles, len(acted_on), len(acting)
@@ -237,13 +231,7 @@ def total(
     mean: bool = False,
     before: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The value of the loss, a scalar, and its `Totals`, a vector.
-
-    Args:
-        terms: of the field of `acting` on `acted_on`.
-        mean: whether the value is the energy over the number of ordered pairs of distinct points.
-        before: totals of the field of `acted_on` on itself, which are then included.
-    """
+    """See `Backend`."""
     value = acted_on.sq_norm.new_empty(())
     totals = value.new_empty(len(TOTALS), dtype=torch.float64)
     constants: list[float] = []  # each as what float32 holds of it, and the rest
@@ -273,16 +261,7 @@ def pull_back(
     pairs: int = 1,
     twice: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of what a cloud was gathered from: of `x` [B, D], and of `rest` [N - B, D].
-
-    Args:
-        grad: [N, D] of the energy in the points, or of half of it if `twice`.
-        points, inverse: of the cloud, if its points were scaled; else None.
-        grad_output: the derivative in the value of the loss, a scalar.
-        totals: of the energy; they make the gradient NaN if a point was not finite.
-        split: which gradients are wanted, and how they look.
-        pairs: that the energy is divided by.
-    """
+    """See `Backend`."""
     n, dim = grad.shape
     block_d = min(128, max(16, 1 << (dim - 1).bit_length()))
     first, second = split.empty(grad)

@@ -10,7 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-EPSILON = tl.constexpr(1e-12)  # a shorter point is scaled as if it were that long
+from .. import potential
+
+EPSILON = tl.constexpr(potential.EPSILON)
 
 
 @triton.jit
