@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import triton
+
 from ..sketch import MAX_DEPTH, sketch_depth
 
 FUSED = {"enable_fp_fusion": True}  # stated, for its default differs between Tritons
@@ -19,6 +21,7 @@ TILE_M, TILE_N, FILTER_M = 16, 64, 128
 ROWS = 256  # clouds are padded to as many, for blocks of the filter of either width
 FEW = 4096  # points: tiles of them are fewer than two or three programs a multiprocessor
 MANY = 1 << 20  # points, where their number is not known
+OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 MAX_SLICES = 4  # of 128; with eight the gradients no longer fit the registers of sm_80
 
 
@@ -68,7 +71,8 @@ def tiles_for(depth: int, points: int = MANY, *, hip: bool = False, hopper: bool
     """The tile shapes for `points` points, that are acted on, of `depth` dimensions.
 
     A depth that is whole (16, 32, 64, 128, 256 or 384) fits 128 threads a program, of which two or
-    three share a multiprocessor: one waits for memory while another computes. From 512 on, and
+    three share a multiprocessor: one waits for memory while another computes (from 128 on that
+    takes Triton 3.9, for older ones keep more registers alive). From 512 on, and
     where a depth is padded, so that masks and second looks want registers, that would spill; a
     program has 256 threads then, 8 warps of 32 on NVIDIA or 4 of 64 on AMD (`hip`). So it has from
     256 on where points are few, and a program has a multiprocessor to itself. Beyond 512 the slices
@@ -85,7 +89,8 @@ def tiles_for(depth: int, points: int = MANY, *, hip: bool = False, hopper: bool
     padded = padded_depth(depth)
     registers: int | None
     few = points <= FEW
-    if depth == padded <= (128 if few else 384) and not hip:
+    is_whole = depth == padded and not hip
+    if is_whole and padded <= (64 if OLD else 128 if few else 384):
         block_d = min(padded, 32)
         slices, chunk = padded // block_d, 256
         block_k = block_d if padded <= 128 else 64
@@ -94,9 +99,11 @@ def tiles_for(depth: int, points: int = MANY, *, hip: bool = False, hopper: bool
         block_d = min(padded, 128)
         needed = padded // block_d
         slices = -(-needed // -(-needed // MAX_SLICES))
+        if is_whole and 128 <= padded <= 512:
+            block_d, slices = 64, 2 * slices  # with registers to spare
         chunk = 256 if few or depth != padded else 512  # masks want registers
         block_k = min(padded, 64 if padded <= 128 else 128)
-        warps, registers = (4, None) if hip else (8, 128 if padded <= 64 else 255)
+        warps, registers = (4, None) if hip else (8, 128 if padded <= 64 and not OLD else 255)
     return Tiles(
         block_k=block_k,
         block_d=block_d,
