@@ -4,7 +4,7 @@ The key of the forces kernel is the depth: it holds gradients of [BLOCK_M, SLICE
 registers, so the depth decides what fits, while the dtype of the points only changes its loads. AMD
 has wider warps, and Hopper a wider product for the filter. For every chip of
 tests/kernels/test_compile.py every entry compiles without a spill inside a loop, and with at most
-16 bytes of stack.
+16 bytes of stack; with a Triton before 3.9, padded depths have up to 80, outside of loops.
 """
 
 from __future__ import annotations
@@ -72,11 +72,11 @@ def tiles_for(depth: int, points: int = MANY, *, hip: bool = False, hopper: bool
 
     A depth that is whole (16, 32, 64, 128, 256 or 384) fits 128 threads a program, of which two or
     three share a multiprocessor: one waits for memory while another computes (from 128 on that
-    takes Triton 3.9, for older ones keep more registers alive). From 512 on, and
-    where a depth is padded, so that masks and second looks want registers, that would spill; a
-    program has 256 threads then, 8 warps of 32 on NVIDIA or 4 of 64 on AMD (`hip`). So it has from
-    256 on where points are few, and a program has a multiprocessor to itself. Beyond 512 the slices
-    are shared out evenly over programs, each of which nominates again.
+    takes Triton 3.9, for older ones keep more registers alive). From 512 on, and where a depth is
+    padded, so that masks and second looks want registers, that would spill; a program has 256
+    threads then, 8 warps of 32 on NVIDIA or 4 of 64 on AMD (`hip`). So it has from 256 on where
+    points are few, and a program has a multiprocessor to itself. Beyond 512 the slices are shared
+    out evenly over programs, each of which nominates again.
 
     Left alone, NVIDIA's assembler spills inside loops to reach the next step of occupancy; a stated
     limit stops that.

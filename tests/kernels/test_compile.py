@@ -45,7 +45,7 @@ def check(compiler: ProcessPoolExecutor, shapes: list[Shape], alpha: float = 3.0
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
 def test_sample(compiler: ProcessPoolExecutor, arch: str) -> None:
-    check(compiler, [(arch, "float32", 512), (arch, "bfloat16", 128)])
+    check(compiler, [(arch, "float32", 512), (arch, "bfloat16", 128), (arch, "float16", 384)])
 
 
 @pytest.mark.full
