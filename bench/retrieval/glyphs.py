@@ -8,16 +8,18 @@ filed under another label.
 from __future__ import annotations
 
 import unicodedata
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+import torch
 from matplotlib.ft2font import FT2Font
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from bench.images import ImageSet
+from bench.retrieval.images import ArrayImages, DataSet, random_affine, split_by_class, to_tensor
 
 IMAGE_SIZE = 32
 EM_SIZE = 22  # pixels; leaves a margin for accents, descenders and the random shift
@@ -32,7 +34,15 @@ FULL_COVERAGE = 1000
 LAST_RESORT_COVERAGE = 0x100000
 
 
-def load_glyphs(min_fonts: int = MIN_FONTS, size: int = IMAGE_SIZE) -> ImageSet:
+def glyphs() -> DataSet:
+    """Half of the characters to train on, the others to retrieve, each moved once at random."""
+    train, test = split_by_class(load_glyphs())
+    moved = random_affine(to_tensor(test.images), torch.Generator().manual_seed(0))
+    images = moved.squeeze(1).mul(255).round().to(torch.uint8).numpy()
+    return DataSet("glyphs", train, replace(test, images=images))
+
+
+def load_glyphs(min_fonts: int = MIN_FONTS, size: int = IMAGE_SIZE) -> ArrayImages:
     """Draw every character that ``min_fonts`` of matplotlib's fonts have, one image a font.
 
     Args:
@@ -76,7 +86,7 @@ def load_glyphs(min_fonts: int = MIN_FONTS, size: int = IMAGE_SIZE) -> ImageSet:
         images.append(per_font[rows, inked[rows].argmax(axis=1)])
         labels.append(np.full(len(rows), len(names), dtype=np.int64))
         names.append("".join(common[i] for i in members))
-    return ImageSet(np.concatenate(images), np.concatenate(labels), names)
+    return ArrayImages(np.concatenate(labels), names, np.concatenate(images))
 
 
 def font_paths() -> list[Path]:
