@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import os
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.chips import CHIPS
+from bench.recipes import LOSSES, PRESETS, SPLITS
 from bench.settings import (
     DEVICES,
     DTYPES,
@@ -78,42 +80,69 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _add_retrieval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "retrieval",
-        help="train a small network and measure zero-shot retrieval (a minute or two)",
-        description="Train a small network from scratch with PFMLLoss on drawings of half of the "
-        "characters that matplotlib's fonts share, then retrieve the other half, never seen in "
-        "training. Prints R@K for raw pixels, the untrained and the trained network.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        help="train networks with this loss and others, and measure zero-shot retrieval",
+        description="Train a network with each loss, retrieve the images of classes never seen in "
+        "training, and print R@K and MAP@R. Without options: PFMLLoss and a small network, on "
+        "drawings of half of the characters that matplotlib's fonts share, a minute or two. Runs "
+        "that are done are not run again, and one that was stopped goes on.",
+        formatter_class=_Help,
     )
     default = RetrievalSettings()
     add = parser.add_argument
-    add("--epochs", type=int, metavar="N", default=default.epochs, help="passes over the images")
-    add("--seed", type=int, metavar="N", default=default.seed, help="of network and batches")
+    add("--preset", choices=PRESETS, metavar="PRESET", default=default.preset,
+        help=f"data, network and settings: {', '.join(PRESETS)}")  # fmt: skip
+    add("--losses", nargs="+", choices=("all", *LOSSES), metavar="LOSS",
+        default=list(default.losses), help=f"all, or some of {', '.join(LOSSES)}")  # fmt: skip
+    add("--seeds", nargs="+", type=int, metavar="N", default=list(default.seeds),
+        help="a run with each")  # fmt: skip
+    add("--label-noise", nargs="+", type=float, metavar="SHARE", default=list(default.label_noise),
+        help="of the training labels, replaced at random; a run with each")  # fmt: skip
+    add("--set", nargs="+", type=_variation, metavar="NAME=VALUE[,VALUE...]", dest="variations",
+        default=[], help="change a setting of bench.recipes.Recipe or an option of the losses, a "
+        "run with each value")  # fmt: skip
+    add("--split", choices=SPLITS, default=default.split,
+        help="validation: hold out training classes and leave the test classes alone")  # fmt: skip
+    add("--epochs", type=int, metavar="N", help="passes over the images; the preset's if not given")
+    add("--data", type=Path, metavar="FOLDER", help="the data set, as its authors ship it")
+    add("--weights", type=Path, metavar="FILE",
+        help="pre-trained weights of the network; timm's own if not given")  # fmt: skip
+    add("--strict", action="store_true", help="refuse images that cannot be read")
+    add("--workers", type=int, metavar="N", default=default.workers,
+        help="processes that read photographs")  # fmt: skip
+    add("--restart", action="store_true", help="run again what is done, or half done")
     add("--device", choices=DEVICES, default=default.device, help="auto: a GPU if there is one")
-    add("--batch-size", type=int, metavar="B", default=default.batch_size, help="images a step")
-    add("--images-per-class", type=int, metavar="N", default=default.images_per_class,
-        help="images of each class in a batch; divides the batch size")  # fmt: skip
-    add("--embedding-size", type=int, metavar="D", default=default.embedding_size,
-        help="length of the embeddings")  # fmt: skip
-    add("--proxies-per-class", type=int, metavar="M", default=default.proxies_per_class,
-        help="learned proxies of each class; the paper has 15 on CUB and Cars")  # fmt: skip
-    add("--alpha", type=float, default=default.alpha, help="decay exponent of the potential")
-    add("--delta", type=float, default=default.delta, help="radius of the potential")
-    add("--lr", type=float, default=default.lr, help="learning rate of the network")
-    add("--proxy-lr-mult", type=float, metavar="X", default=default.proxy_lr_mult,
-        help="learning rate of the proxies, in units of --lr")  # fmt: skip
     add("--threads", type=int, metavar="N", help="CPU threads; PyTorch's own choice if not given")
-    add("--out", type=Path, metavar="FOLDER", default=Path("runs"),
-        help="gets a row in retrieval.jsonl and pictures of class fields")  # fmt: skip
+    add("--out", type=Path, metavar="FOLDER", default=Path("runs/retrieval"),
+        help="gets results.jsonl, log.jsonl, and a checkpoint of each run")  # fmt: skip
     parser.set_defaults(command=_retrieval)
+
+
+def _variation(text: str) -> tuple[str, tuple[Any, ...]]:
+    """A setting and its values, from NAME=VALUE,VALUE: numbers, True, False, None, else a word."""
+    name, equals, values = text.partition("=")
+    if not (name and equals and values):
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE[,VALUE...], got {text!r}")
+    return name, tuple(_literal(value) for value in values.split(","))
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def _retrieval(parsed: argparse.Namespace) -> None:
     # Threads that spin while they wait take the core from the one they wait for, where another
     # program is busy too: several times slower. Read when PyTorch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from bench.retrieval import run
+    from bench.retrieval.protocol import run
 
-    run(RetrievalSettings(**_values(parsed)), parsed.out)
+    values = _values(parsed)
+    values |= {name: tuple(values[name]) for name in ("losses", "seeds", "label_noise")}
+    if "all" in values["losses"]:
+        values["losses"] = LOSSES
+    run(RetrievalSettings(**values | {"variations": dict(parsed.variations)}), parsed.out)
 
 
 def _add_speed(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -68,7 +68,7 @@ def run(settings: HostSettings, out: Path, console: Console | None = None) -> Ro
 
     def step() -> None:
         embeddings.grad = loss.proxies.grad = None  # as optimizer.zero_grad() leaves them
-        loss._calls = 101  # between two turns of the basis
+        loss.training_calls = 101  # between two turns of the basis
         loss(embeddings, cloud.batch_labels).backward()
 
     with _launches_stubbed() as launched:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 DEVICES = ("auto", "cpu", "cuda")
 PROVIDERS = (
@@ -18,34 +20,39 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclass(frozen=True)
 class RetrievalSettings:
-    """Settings of one retrieval run; the defaults are sized for two CPU cores.
+    """Settings of one comparison of losses by retrieval.
 
     Args:
-        epochs: passes over as many images as the training set has.
-        seed: of the network, the proxies, the batches and their augmentation. The split into
-            training and test classes and the test images do not depend on it.
+        preset: one of `bench.recipes.PRESETS`, which gives all that is not said here.
+        losses: some of `bench.recipes.LOSSES`.
+        seeds: a run of each loss with each.
+        label_noise: shares of the training labels that are replaced at random; a run with each.
+        variations: values of fields of `bench.recipes.Recipe` or of options of the losses, by name;
+            a run with every combination.
+        split: one of `bench.recipes.SPLITS`.
+        epochs: None for the preset's.
+        data: folder of the data set; None for glyphs.
+        weights: file of pre-trained weights; None for timm's own.
+        strict: refuse images that cannot be read, instead of leaving them out.
+        workers: processes that read images.
+        restart: begin anew where runs are done or half done.
         device: one of `DEVICES`.
-        batch_size: images, a multiple of `images_per_class`.
-        images_per_class: of each class in a batch.
-        embedding_size: D.
-        proxies_per_class: M.
-        alpha, delta: the decay and the radius of the potential.
-        lr: Adam's learning rate for the network.
-        proxy_lr_mult: the proxies' learning rate, in units of `lr`.
         threads: CPU threads of PyTorch, None for its own choice.
     """
 
-    epochs: int = 20
-    seed: int = 0
+    preset: str = "glyphs"
+    losses: tuple[str, ...] = ("pfml",)
+    seeds: tuple[int, ...] = (0,)
+    label_noise: tuple[float, ...] = (0.0,)
+    variations: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    split: str = "test"
+    epochs: int | None = None
+    data: Path | None = None
+    weights: Path | None = None
+    strict: bool = False
+    workers: int = 4
+    restart: bool = False
     device: str = "auto"
-    batch_size: int = 128
-    images_per_class: int = 4
-    embedding_size: int = 64
-    proxies_per_class: int = 5
-    alpha: float = 3.0
-    delta: float = 0.2
-    lr: float = 3e-3
-    proxy_lr_mult: float = 100.0
     threads: int | None = None
 
 

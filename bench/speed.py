@@ -22,11 +22,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench.clouds import make_cloud
 from bench.costs import Workload, cache_bytes, copies_beyond, operations
+from bench.devices import resolve_device
 from bench.memory import available_bytes, peaks_apart
 from bench.parity import Errors, Truth, errors, truth
 from bench.providers import POTENTIAL, PROVIDERS, Provider, obstacle, tiles_of
 from bench.results import append_row, provenance
-from bench.retrieval import resolve_device
 from bench.settings import MODES, SIZES, SPEED_DTYPES, Size, SpeedSettings
 from bench.tables import LEGEND, MEASURED, Row, findings, speed_table
 

@@ -21,10 +21,10 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.clouds import make_cloud
 from bench.costs import Workload, cache_bytes, copies_beyond
+from bench.devices import resolve_device
 from bench.memory import available_bytes
 from bench.parity import truth
 from bench.providers import POTENTIAL, PROVIDERS, obstacle, tiles_of
-from bench.retrieval import resolve_device
 from bench.settings import MODES, SIZES, Size
 from bench.speed import Rows, first_calls, is_out_of_memory
 

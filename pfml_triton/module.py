@@ -48,7 +48,10 @@ class PFMLLoss(nn.Module):
         proxies: nn.Parameter [C, M, D] float32, drawn from a normal distribution scaled to about
             unit length. They want a learning rate of their own, see `param_groups`.
         sketch_basis: buffer [D, at most 60] bfloat16 of the pruning, not part of the state.
-            Whatever is written to it, the result stays the same.
+            Whatever is written to it, the result stays the same, but for the order in which the
+            torch backend sums.
+        training_calls: int, calls in training so far, which say when the basis turns. A run that is
+            to be resumed to the bit keeps it and `sketch_basis` beside the state.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of its range.
@@ -56,6 +59,7 @@ class PFMLLoss(nn.Module):
 
     proxies: nn.Parameter
     sketch_basis: Tensor
+    training_calls: int
 
     def __init__(
         self,
@@ -106,7 +110,7 @@ class PFMLLoss(nn.Module):
         self._known_basis: tuple[Tensor, int] | None = None  # and its version
         self._proxy_labels: Tensor | None = None  # made where they are wanted
         self._totals: Tensor | None = None  # of the last call
-        self._calls = 0  # in training
+        self.training_calls = 0
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -213,12 +217,12 @@ class PFMLLoss(nn.Module):
         # A captured graph would replay the turn every time.
         capturing = basis.is_cuda and torch.cuda.is_current_stream_capturing()
         if self.training and not capturing:
-            calls = self._calls
+            calls = self.training_calls
             if calls % _TURN_EVERY == 0 or (calls < _TURN_EVERY and calls & (calls - 1) == 0):
                 # Whatever the ambient autocast dtype is.
                 with torch.autocast(embeddings.device.type, enabled=False):
                     basis = turned_basis(basis, self._place(embeddings.float()))
-            self._calls += 1
+            self.training_calls += 1
         if basis is not known:
             buffer = self.sketch_basis
             if buffer.dtype == basis.dtype and not buffer.is_inference():

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
@@ -98,6 +98,9 @@ class ArrayImages(Images):
         return replace(self, labels=self.labels[keep], images=self.images[keep])
 
 
+AnyImages = TypeVar("AnyImages", bound=Images)
+
+
 class DataSet(NamedTuple):
     """A split of images into classes to train on and other classes to retrieve.
 
@@ -113,7 +116,9 @@ class DataSet(NamedTuple):
     skipped: int = 0
 
 
-def split_by_class[T: Images](data: T, seed: int = 0, train_share: float = 0.5) -> tuple[T, T]:
+def split_by_class(
+    data: AnyImages, seed: int = 0, train_share: float = 0.5
+) -> tuple[AnyImages, AnyImages]:
     """Split into two sets without a common class, as zero-shot retrieval wants it.
 
     Args:

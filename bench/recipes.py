@@ -1,0 +1,184 @@
+"""What a run of the retrieval benchmark depends on, and the presets. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+DATASETS = ("glyphs", "cub", "cars", "sop")
+NETWORKS = ("cnn", "resnet50", "dino-vits16", "vits16")
+LOSSES = (
+    "pfml", "triplet", "contrastive", "npair", "proxynca", "proxy-anchor", "multi-similarity",
+)  # fmt: skip
+SPLITS = ("test", "validation")
+OPTIMIZERS = ("adam", "adamw")
+SCHEDULES = ("one-cycle", "constant")
+PROXY_INITS = ("random", "samples")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the result of one run.
+
+    Args:
+        dataset: name of the data; of a user's arrays, any name.
+        split: "test" retrieves the test classes; "validation" leaves them alone, trains on two
+            thirds of the training classes and retrieves the others, to choose settings on.
+        network: one of `NETWORKS`.
+        embedding_size: D.
+        freeze_batch_norm: keep the statistics and the factors of BatchNorm as they were loaded.
+        loss: one of `LOSSES`.
+        options: of the loss, where they are not the published ones of `bench.retrieval.losses`.
+        label_noise: share in [0, 1) of the training labels that are replaced at random.
+        seed: of the network, the proxies, the batches, their augmentation and the label noise. The
+            split into classes and the test images do not depend on it.
+        epochs: passes over as many images as the training set has.
+        warmup_epochs: the first ones, in which only the network's new layers and the proxies learn.
+        batch_size: images, a multiple of `images_per_class`.
+        images_per_class: of each class in a batch.
+        optimizer: one of `OPTIMIZERS`; Adam's weight decay is coupled, AdamW's is not.
+        lr: learning rate of the network.
+        proxy_lr_mult: the proxies' learning rate, in units of `lr`.
+        weight_decay: of the network; proxies have none.
+        schedule: "one-cycle" rises from 1/25 of the rates to all of them over the first 30% of the
+            steps, then falls to 0; "constant" stays.
+        clip: largest norm of the gradient of the network, and of the proxies; None for any.
+        proxy_init: "random" as the loss draws them, "samples" at embeddings of random training
+            images of their class, from the untrained network.
+        project_proxies: scale proxies to unit length after every step.
+        evaluate_every: epochs from one evaluation to the next; the last is always evaluated.
+        recall_at: the K of R@K.
+        variant: how this recipe differs from its preset, see `vary`; "" if it does not.
+    """
+
+    dataset: str = "glyphs"
+    split: str = "test"
+    network: str = "cnn"
+    embedding_size: int = 64
+    freeze_batch_norm: bool = False
+    loss: str = "pfml"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    label_noise: float = 0.0
+    seed: int = 0
+    epochs: int = 20
+    warmup_epochs: int = 0
+    batch_size: int = 128
+    images_per_class: int = 4
+    optimizer: str = "adam"
+    lr: float = 3e-3
+    proxy_lr_mult: float = 100.0
+    weight_decay: float = 0.0
+    schedule: str = "one-cycle"
+    clip: float | None = None
+    proxy_init: str = "random"
+    project_proxies: bool = False
+    evaluate_every: int = 5
+    recall_at: tuple[int, ...] = (1, 2, 4, 8)
+    variant: str = ""
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("split", SPLITS), ("network", NETWORKS), ("loss", LOSSES), ("optimizer", OPTIMIZERS),
+            ("schedule", SCHEDULES), ("proxy_init", PROXY_INITS),
+        ):  # fmt: skip
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        for name, least in (
+            ("embedding_size", 1), ("epochs", 1), ("warmup_epochs", 0), ("batch_size", 1),
+            ("images_per_class", 1), ("evaluate_every", 1), ("lr", 0), ("proxy_lr_mult", 0),
+            ("weight_decay", 0),
+        ):  # fmt: skip
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.batch_size % self.images_per_class:
+            raise ValueError(
+                "batch_size must be a multiple of images_per_class, "
+                f"got {self.batch_size} and {self.images_per_class}"
+            )
+        if not 0 <= self.label_noise < 1:
+            raise ValueError(f"label_noise must be in [0, 1), got {self.label_noise}")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip must be above 0, got {self.clip}")
+        if not self.recall_at or min(self.recall_at) < 1:
+            raise ValueError(f"recall_at must be numbers of at least 1, got {self.recall_at}")
+
+    def vary(self, **changes: Any) -> Self:
+        """Change fields, or by any other name options of the loss, and say so in `variant`."""
+        fields = {f.name for f in dataclasses.fields(self)}
+        options = {name: value for name, value in changes.items() if name not in fields}
+        names = [self.variant] if self.variant else []
+        return replace(
+            self,
+            **{name: value for name, value in changes.items() if name in fields},
+            options={**self.options, **options},
+            variant=",".join(names + [f"{name}={value}" for name, value in changes.items()]),
+        )
+
+    @property
+    def run_id(self) -> str:
+        """A name for the run that two recipes of one preset share only if they are equal."""
+        parts = [self.dataset, self.network, self.loss]
+        parts += ["validation"] if self.split == "validation" else []
+        parts += [f"noise{self.label_noise:g}"] if self.label_noise else []
+        parts += [self.variant] if self.variant else []
+        return "-".join([*parts, f"seed{self.seed}"])
+
+
+# Adam's learning rates for the glyphs, each the best on the validation classes:
+# python -m bench retrieval --losses all --split validation --set lr=0.0003,0.001,0.003,0.01
+GLYPH_RATES = {
+    "pfml": 3e-3,
+    "triplet": 3e-3,
+    "contrastive": 3e-3,
+    "npair": 3e-3,
+    "proxynca": 3e-3,
+    "proxy-anchor": 3e-3,
+    "multi-similarity": 3e-3,
+}
+
+# The paper's supplement, and where it is silent (the schedule, the sampler) the plainest choice.
+_PAPER = Recipe(
+    epochs=200, warmup_epochs=1, batch_size=100, lr=1e-4, schedule="constant", evaluate_every=1
+)
+_DATA: dict[str, dict[str, Any]] = {
+    "cub": {"weight_decay": 5e-4, "freeze_batch_norm": True},
+    "cars": {"weight_decay": 1e-4, "freeze_batch_norm": True},
+    "sop": {"images_per_class": 2, "recall_at": (1, 10, 100, 1000)},
+}
+_PROXIES = {"cub": 15, "cars": 15, "sop": 2}
+_DEPTHS = {"resnet50": 512, "dino-vits16": 384, "vits16": 384}
+PRESETS = ("glyphs", *(f"{data}-{network}" for data in _DATA for network in _DEPTHS))
+
+
+def preset(name: str, loss: str = "pfml") -> Recipe:
+    """The recipe of a preset with a loss.
+
+    "glyphs" is sized for two CPU cores. "cub-resnet50" and so on, every data set with every network
+    of the paper, are its published settings (Bhatnagar and Ahuja, CVPR 2025, supplement Table 5).
+
+    Args:
+        name: one of `PRESETS`.
+        loss: one of `LOSSES`.
+
+    Raises:
+        ValueError: no such preset or loss.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+    if loss not in LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
+    if name == "glyphs":
+        options = {"proxies_per_class": 5} if loss == "pfml" else {}
+        return Recipe(loss=loss, lr=GLYPH_RATES[loss], options=options)
+    data, _, network = name.partition("-")
+    return replace(
+        _PAPER,
+        dataset=data,
+        network=network,
+        embedding_size=_DEPTHS[network],
+        loss=loss,
+        options={"proxies_per_class": _PROXIES[data]} if loss == "pfml" else {},
+        **_DATA[data],
+    )
