@@ -14,12 +14,11 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-import torch
 from matplotlib.ft2font import FT2Font
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from bench.retrieval.images import ArrayImages, DataSet, random_affine, split_by_class, to_tensor
+from bench.retrieval.images import ArrayImages, DataSet, split_by_class
 
 IMAGE_SIZE = 32
 EM_SIZE = 22  # pixels; leaves a margin for accents, descenders and the random shift
@@ -35,11 +34,8 @@ LAST_RESORT_COVERAGE = 0x100000
 
 
 def glyphs() -> DataSet:
-    """Half of the characters to train on, the others to retrieve, each moved once at random."""
-    train, test = split_by_class(load_glyphs())
-    moved = random_affine(to_tensor(test.images), torch.Generator().manual_seed(0))
-    images = moved.squeeze(1).mul(255).round().to(torch.uint8).numpy()
-    return DataSet("glyphs", train, replace(test, images=images))
+    """Half of the characters to train on, the others to retrieve, each moved once for that."""
+    return DataSet("glyphs", *split_by_class(replace(load_glyphs(), moved=0)))
 
 
 def load_glyphs(min_fonts: int = MIN_FONTS, size: int = IMAGE_SIZE) -> ArrayImages:

@@ -75,9 +75,12 @@ class ArrayImages(Images):
 
     Attributes:
         images: [n, H, W] or [n, H, W, 3] uint8; what comes in from outside the frame is 0.
+        moved: None evaluates images as they are; a seed moves each of them first, always the same
+            way.
     """
 
     images: NDArray[np.uint8]
+    moved: int | None = None
 
     @property
     def channels(self) -> int:
@@ -85,14 +88,21 @@ class ArrayImages(Images):
 
     def training(self, batches: Sequence[Labels], seeds: Sequence[int]) -> Iterator[Tensor]:
         for batch, seed in zip(batches, seeds, strict=True):
-            yield random_affine(to_tensor(self.images[batch]), torch.Generator().manual_seed(seed))
+            yield random_affine(to_tensor(self.images[batch]), random_moves(len(batch), seed))
 
     def evaluation(self, batch_size: int) -> Iterator[Tensor]:
+        moves = None if self.moved is None else random_moves(len(self.images), self.moved)
         for start in range(0, len(self.images), batch_size):
-            yield to_tensor(self.images[start : start + batch_size])
+            part = slice(start, start + batch_size)
+            images = to_tensor(self.images[part])
+            yield images if moves is None else random_affine(images, moves[part])
 
     def picture(self, index: int) -> NDArray[np.uint8]:
-        return self.images[index]
+        image = to_tensor(self.images[index : index + 1])
+        if self.moved is not None:
+            image = random_affine(image, random_moves(len(self.images), self.moved)[[index]])
+        pixels = image[0].permute(1, 2, 0).mul(255).round().to(torch.uint8).numpy()
+        return pixels[..., 0] if self.channels == 1 else pixels
 
     def take(self, keep: NDArray[np.bool_]) -> Self:
         return replace(self, labels=self.labels[keep], images=self.images[keep])
@@ -114,6 +124,52 @@ class DataSet(NamedTuple):
     train: Images
     test: Images
     skipped: int = 0
+
+
+def arrays(
+    train_images: NDArray[np.uint8],
+    train_labels: NDArray[np.integer],
+    test_images: NDArray[np.uint8],
+    test_labels: NDArray[np.integer],
+    name: str = "arrays",
+) -> DataSet:
+    """A data set of one's own.
+
+    Args:
+        train_images, test_images: [n, H, W], [n, H, W, 1] or [n, H, W, 3] uint8, with H and W of 8
+            or more; what training turns and shifts in from outside the frame is 0.
+        train_labels, test_labels: [n] integers, any. The classes of the two sets are taken to be
+            different ones, whatever their numbers.
+        name: what rows and folders of results call it.
+
+    Raises:
+        TypeError, ValueError: another dtype or shape, or lengths that do not match.
+    """
+    return DataSet(name, _as_images(train_images, train_labels, "train"),
+                   _as_images(test_images, test_labels, "test"))  # fmt: skip
+
+
+def _as_images(images: NDArray[np.uint8], labels: NDArray[np.integer], which: str) -> ArrayImages:
+    images, labels = np.asarray(images), np.asarray(labels)
+    if images.dtype != np.uint8 or not np.issubdtype(labels.dtype, np.integer):
+        raise TypeError(
+            f"{which} images must be uint8 and labels integers, got {images.dtype} and "
+            f"{labels.dtype}"
+        )
+    if images.ndim == 4 and images.shape[3] == 1:
+        images = images[..., 0]
+    is_gray, is_colour = images.ndim == 3, images.ndim == 4 and images.shape[3] == 3
+    if not (is_gray or is_colour) or min(images.shape[1:3]) < 8:
+        raise ValueError(
+            f"{which} images must be [n, H, W] or [n, H, W, 3] with H and W of at least 8, "
+            f"got {list(images.shape)}"
+        )
+    if labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"{which} labels must be [{len(images)}] as the images, got {list(labels.shape)}"
+        )
+    values, numbered = np.unique(labels, return_inverse=True)
+    return ArrayImages(numbered.astype(np.int64), [str(value) for value in values], images)
 
 
 def split_by_class(
@@ -175,26 +231,24 @@ def to_tensor(images: NDArray[np.uint8]) -> Tensor:
     return pixels.unsqueeze(1) if images.ndim == 3 else pixels.permute(0, 3, 1, 2)
 
 
-def random_affine(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Turn, scale, stretch, shear and shift each image a little, by its own random amount.
+def random_moves(n: int, seed: int) -> Tensor:
+    """What `random_affine` needs for n images: [n, 6] in [-1, 1), the same on any device."""
+    return 2 * torch.rand(n, 6, generator=torch.Generator().manual_seed(seed)) - 1
 
-    Up to 15 degrees, a factor e^0.15 in size and e^0.1 in proportion, a shear of 0.15 and a shift
-    of 6% of the side, all uniform.
+
+def random_affine(images: Tensor, moves: Tensor) -> Tensor:
+    """Turn, scale, stretch, shear and shift each image a little, by its own amount.
 
     Args:
-        images: [n, C, H, W] float, background 0.
-        generator: CPU generator that draws the amounts, so that they are the same on any device.
+        images: [n, C, H, W] float; what comes in from outside the frame is 0.
+        moves: [n, 6] in [-1, 1], in units of 15 degrees, a shear of 0.15, a factor e^0.15 in size
+            and e^0.1 in proportion, and shifts of 6% of the side.
 
     Returns:
         Images of the same shape, dtype and device.
     """
-
-    def uniform(limit: float) -> Tensor:
-        return (2 * torch.rand(len(images), generator=generator) - 1) * limit
-
-    angle, shear = uniform(math.radians(15)), uniform(0.15)
-    size, proportion = uniform(0.15), uniform(0.1)
-    shift_x, shift_y = uniform(0.12), uniform(0.12)  # the side is 2 in these coordinates
+    limits = torch.tensor([math.radians(15), 0.15, 0.15, 0.1, 0.12, 0.12])  # the side is 2
+    angle, shear, size, proportion, shift_x, shift_y = (moves * limits).unbind(1)
     scale_x, scale_y = (size + proportion).exp(), (size - proportion).exp()
     cos, sin = angle.cos(), angle.sin()
     row_x = torch.stack([cos * scale_x, (shear * cos - sin) * scale_y, shift_x], dim=1)

@@ -4,21 +4,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import glyphs
-from bench.images import ImageSet
+from bench.retrieval import glyphs
+from bench.retrieval.images import ArrayImages
 
 
 @pytest.fixture(scope="module")
-def data() -> ImageSet:
+def data() -> ArrayImages:
     return glyphs.load_glyphs()
 
 
-def class_of(data: ImageSet, character: str) -> int:
+def class_of(data: ArrayImages, character: str) -> int:
     (label,) = [i for i, name in enumerate(data.names) if character in name]
     return label
 
 
-def test_arrays_have_the_promised_form(data: ImageSet) -> None:
+def test_arrays_have_the_promised_form(data: ArrayImages) -> None:
     n = len(data.labels)
     assert data.images.shape == (n, glyphs.IMAGE_SIZE, glyphs.IMAGE_SIZE)
     assert data.images.dtype == np.uint8
@@ -26,12 +26,12 @@ def test_arrays_have_the_promised_form(data: ImageSet) -> None:
     assert np.array_equal(np.unique(data.labels), np.arange(len(data.names)))
 
 
-def test_there_are_hundreds_of_classes_of_15_fonts_or_more(data: ImageSet) -> None:
+def test_there_are_hundreds_of_classes_of_15_fonts_or_more(data: ArrayImages) -> None:
     assert len(data.names) > 600
     assert np.bincount(data.labels).min() >= 15
 
 
-def test_no_image_is_blank_or_touches_its_border(data: ImageSet) -> None:
+def test_no_image_is_blank_or_touches_its_border(data: ArrayImages) -> None:
     assert (data.images.max(axis=(1, 2)) > 127).all()
     inner = data.images[:, 1:-1, 1:-1]
     assert np.array_equal(data.images.sum(axis=(1, 2)), inner.sum(axis=(1, 2)))
@@ -46,30 +46,30 @@ def test_no_image_is_blank_or_touches_its_border(data: ImageSet) -> None:
         ("GREEK CAPITAL LETTER PI", "CYRILLIC CAPITAL LETTER PE"),
     ],
 )
-def test_lookalikes_are_one_class(data: ImageSet, names: tuple[str, ...]) -> None:
+def test_lookalikes_are_one_class(data: ArrayImages, names: tuple[str, ...]) -> None:
     assert len({class_of(data, unicodedata.lookup(name)) for name in names}) == 1
 
 
 @pytest.mark.parametrize(
     "pair", ["OQ", "lm", "Oo", "Ss", "CG", "EF", "il", "eé", "ÈÉ", "ÃÄ", "a\u03b1", "uv", "{["]
 )
-def test_different_characters_are_different_classes(data: ImageSet, pair: str) -> None:
+def test_different_characters_are_different_classes(data: ArrayImages, pair: str) -> None:
     assert class_of(data, pair[0]) != class_of(data, pair[1])
 
 
-def test_every_character_is_in_one_class(data: ImageSet) -> None:
+def test_every_character_is_in_one_class(data: ArrayImages) -> None:
     characters = "".join(data.names)
     assert len(characters) == len(set(characters))
 
 
-def test_two_calls_give_the_same_arrays(data: ImageSet) -> None:
+def test_two_calls_give_the_same_arrays(data: ArrayImages) -> None:
     again = glyphs.load_glyphs()
     assert np.array_equal(again.images, data.images)
     assert np.array_equal(again.labels, data.labels)
     assert again.names == data.names
 
 
-def test_fewer_fonts_give_more_classes(data: ImageSet) -> None:
+def test_fewer_fonts_give_more_classes(data: ArrayImages) -> None:
     assert len(glyphs.load_glyphs(min_fonts=20).names) < len(data.names)
 
 
@@ -131,3 +131,12 @@ def test_characters_without_a_common_font_stay_apart() -> None:
 def test_bad_arguments(arguments: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         glyphs.load_glyphs(**arguments)
+
+
+def test_the_split_is_of_halves_and_evaluation_moves_images(data: ArrayImages) -> None:
+    name, train, test, skipped = glyphs.glyphs()
+    assert (name, skipped) == ("glyphs", 0)
+    assert not set(train.names) & set(test.names)
+    assert (len(train.names), len(test.names)) == (334, 335)
+    assert len(train.labels) + len(test.labels) == len(data.labels)
+    assert test.picture(0).tobytes() not in {picture.tobytes() for picture in data.images}

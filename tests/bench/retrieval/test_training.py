@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bench.glyphs import load_glyphs
+from bench.images import ImageSet
 from rich.console import Console
 from torch import Tensor
 
 from bench import retrieval
-from bench.glyphs import load_glyphs
-from bench.images import ImageSet
 from bench.settings import RetrievalSettings
 from pfml_triton import PFMLLoss
 
