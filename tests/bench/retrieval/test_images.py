@@ -154,6 +154,9 @@ def test_arrays_numbers_the_classes_of_each_set() -> None:
 )
 def test_arrays_refuses(changed: dict[str, Any], error: type[Exception], message: str) -> None:
     images, labels = np.zeros((4, 8, 8), dtype=np.uint8), np.array([0, 0, 1, 1])
-    given = dict(train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    given = {
+        "train_images": images, "train_labels": labels,
+        "test_images": images, "test_labels": labels,
+    }  # fmt: skip
     with pytest.raises(error, match=message):
         arrays(**given | changed)

@@ -1,225 +1,206 @@
-import json
-import math
-from pathlib import Path
+import copy
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from bench.glyphs import load_glyphs
-from bench.images import ImageSet
-from rich.console import Console
-from torch import Tensor
 
-from bench import retrieval
-from bench.settings import RetrievalSettings
-from pfml_triton import PFMLLoss
-
-
-def naive_recall(embeddings: Tensor, labels: Tensor, k: int) -> float:
-    hits = 0
-    for i in range(len(labels)):
-        others = [j for j in range(len(labels)) if j != i]
-        cosine = [
-            float(torch.cosine_similarity(embeddings[i], embeddings[j], dim=0)) for j in others
-        ]
-        nearest = sorted(range(len(others)), key=lambda position: -cosine[position])[:k]
-        hits += any(labels[others[position]] == labels[i] for position in nearest)
-    return hits / len(labels)
-
-
-@pytest.mark.parametrize("chunk_size", [1, 7, 1000])
-def test_recall_agrees_with_nested_loops(chunk_size: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(0, 6, (45,), generator=generator)
-    labels = torch.cat([labels, torch.arange(6), torch.arange(6)])
-    embeddings = torch.randn(57, 5, generator=generator) * torch.rand(57, 1, generator=generator)
-    got = retrieval.recall_at_k(embeddings, labels, (1, 3, 56), chunk_size=chunk_size)
-    want = {k: naive_recall(embeddings, labels, k) for k in (1, 3, 56)}
-    assert got == pytest.approx(want)
-    assert 0 < got[1] < got[3] < got[56] == 1
-
-
-def test_a_query_does_not_find_itself() -> None:
-    embeddings = torch.eye(4) + 0.1 * torch.ones(4, 4)
-    embeddings[:2, 2] += 0.2  # a point of each class leans towards one of the other class
-    labels = torch.tensor([0, 1, 0, 1])
-    assert retrieval.recall_at_k(embeddings, labels, (1,))[1] < 1
-
-
-def test_cosine_ignores_length() -> None:
-    embeddings = torch.tensor([[1.0, 0.0], [100.0, 1.0], [0.0, 1.0], [0.01, 1.0]])
-    assert retrieval.recall_at_k(embeddings, torch.tensor([0, 0, 1, 1]), (1,)) == {1: 1.0}
-
-
-@pytest.mark.parametrize(
-    ("labels", "ks", "message"),
-    [
-        ([0, 0, 1, 1], (4,), r"every K must be in \[1, 3\].*got \(4,\)"),
-        ([0, 0, 1, 1], (0, 1), r"every K must be in \[1, 3\].*got \(0, 1\)"),
-        ([0, 0, 1, 1], (), "every K"),
-        ([0, 0, 1, 2], (1,), "at least 2 images to be evaluated, class 1 has 1"),
-        ([0, 0, 0, 0], (1,), "at least 2 classes, got 1"),
-        ([0, 0, 1], (1,), r"got \(4, 2\) and \(3,\)"),
-    ],
+from bench.recipes import LOSSES, Recipe
+from bench.retrieval.glyphs import load_glyphs
+from bench.retrieval.images import ArrayImages
+from bench.retrieval.losses import build_loss, proxies_of
+from bench.retrieval.metrics import retrieval
+from bench.retrieval.networks import build
+from bench.retrieval.training import (
+    Training,
+    check_training,
+    embed,
+    epoch_batches,
+    place_proxies,
 )
-def test_recall_refuses(labels: list[int], ks: tuple[int, ...], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        retrieval.recall_at_k(torch.ones(4, 2), torch.tensor(labels), ks)
 
-
-def test_recall_refuses_embeddings_of_a_diverged_network() -> None:
-    embeddings = torch.tensor([[1.0], [math.nan], [1.0], [1.0]])
-    with pytest.raises(ValueError, match="finite"):
-        retrieval.recall_at_k(embeddings, torch.tensor([0, 0, 1, 1]), (1,))
+SMALL = Recipe(
+    embedding_size=16, batch_size=16, epochs=2, lr=3e-3, options={"proxies_per_class": 2}
+)
 
 
 @pytest.fixture(scope="module")
-def small() -> ImageSet:
-    data = load_glyphs()
+def small() -> ArrayImages:
+    """Eight letters at half the size."""
+    data = load_glyphs(size=16)
     first = data.names.index(next(name for name in data.names if name.startswith("A")))
-    keep = (data.labels >= first) & (data.labels < first + 16)
-    return ImageSet(data.images[keep], data.labels[keep] - first, data.names[first : first + 16])
+    return data.of_classes(np.arange(first, first + 8))
 
 
-def train_small(
-    data: ImageSet, epochs: int = 10, seed: int = 0
-) -> tuple[list[float], float, float]:
-    """Loss of each epoch, and R@1 before and after."""
-    torch.manual_seed(seed)
-    network = retrieval.EmbeddingNetwork(32, width=8)
-    loss = PFMLLoss(16, 32, 2)
-    optimizer = torch.optim.Adam(
-        [{"params": network.parameters(), "lr": 3e-3}, *loss.param_groups(3e-3, 10.0)]
-    )
-    images = retrieval.evaluation_images(data, seed=0)
-    labels = torch.from_numpy(data.labels)
-    before = retrieval.evaluate(network, images, labels)[1]
-    losses = retrieval.train(
-        network, loss, optimizer, data,
-        epochs=epochs, batch_size=32, images_per_class=4, seed=seed,
-    )  # fmt: skip
-    return losses, before, retrieval.evaluate(network, images, labels)[1]
+def training_of(data: ArrayImages, recipe: Recipe = SMALL) -> Training:
+    torch.manual_seed(recipe.seed)
+    network = build("cnn", recipe.embedding_size, data.channels)
+    loss = build_loss(recipe.loss, len(data.names), recipe.embedding_size, recipe.options)
+    return Training(recipe, network, loss, data)
 
 
-def test_training_lowers_the_loss_and_raises_recall(small: ImageSet) -> None:
-    losses, before, after = train_small(small)
-    assert len(losses) == 10
+def parameters(training: Training) -> list[torch.Tensor]:
+    both = [*training.network.parameters(), *training.loss.parameters()]
+    return [parameter.detach().clone() for parameter in both]
+
+
+def equal(first: Training, second: Training) -> bool:
+    pairs = zip(parameters(first), parameters(second), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_training_lowers_the_loss_and_raises_recall(small: ArrayImages) -> None:
+    training = training_of(small, replace(SMALL, epochs=8))
+    labels = torch.from_numpy(small.labels)
+    before = retrieval(embed(training.network, small), labels).recall[1]
+    losses = [training.run_epoch() for _ in range(8)]
     assert losses[-1] < losses[0]
-    assert after > before + 0.2
+    assert retrieval(embed(training.network, small), labels).recall[1] > before + 0.1
+    assert training.schedule.get_last_lr()[0] < 1e-5  # the cycle is over
 
 
-def test_training_is_fixed_by_its_seed(small: ImageSet) -> None:
-    first = train_small(small, epochs=1, seed=5)
-    assert train_small(small, epochs=1, seed=5) == first
-    assert train_small(small, epochs=1, seed=6) != first
+def test_training_is_fixed_by_its_seed(small: ArrayImages) -> None:
+    runs = [training_of(small, replace(SMALL, seed=seed)) for seed in (5, 5, 6)]
+    for run in runs:
+        run.run_epoch()
+    assert equal(runs[0], runs[1])
+    assert not equal(runs[0], runs[2])
 
 
-def test_any_loss_of_embeddings_and_labels_can_be_trained(small: ImageSet) -> None:
-    network = retrieval.EmbeddingNetwork(16, width=4)
-    steps: list[int] = []
-    losses = retrieval.train(
-        network, torch.nn.CrossEntropyLoss(), torch.optim.Adam(network.parameters(), 3e-3), small,
-        epochs=2, batch_size=32, images_per_class=4, seed=0,
-        on_step=lambda done, loss: steps.append(done),
-    )  # fmt: skip
-    assert losses[1] < losses[0]
-    assert steps == list(range(1, 2 * retrieval.steps_per_epoch(len(small.labels), 32) + 1))
+class Stop(Exception):
+    pass
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"epochs": 0}, "epochs must be at least 1, got 0"),
-        ({"batch_size": 30}, "multiple of images_per_class, got 30 and 4"),
-        ({"images_per_class": 0}, "multiple of images_per_class, got 32 and 0"),
-        ({"batch_size": 128}, "batch_size must be at most 64 .16 classes"),
-    ],
-)
-def test_training_refuses(small: ImageSet, changed: dict[str, int], message: str) -> None:
-    arguments = {"epochs": 1, "batch_size": 32, "images_per_class": 4} | changed
-    with pytest.raises(ValueError, match=message):
-        retrieval.check_training(small, **arguments)
-
-
-def test_training_refuses_one_class(small: ImageSet) -> None:
-    one = ImageSet(small.images[:15], np.zeros(15, dtype=np.int64), ["A"])
-    with pytest.raises(ValueError, match="at least 2 classes, got 1"):
-        retrieval.check_training(one, 1, 4, 4)
-
-
-def test_embedding_leaves_the_network_in_its_mode() -> None:
-    network = retrieval.EmbeddingNetwork(8, width=4)
-    images = torch.rand(5, 1, 32, 32)
-    assert torch.allclose(
-        retrieval.embed(network, images, batch_size=2), network.eval()(images), atol=1e-6
-    )
-    network.train()
-    retrieval.embed(network, images)
-    assert network.training
-
-
-def test_device_names() -> None:
-    assert retrieval.resolve_device("cpu") == torch.device("cpu")
-    assert retrieval.resolve_device("auto").type in ("cpu", "cuda")
-    with pytest.raises(ValueError, match="one of auto, cpu, cuda, got 'tpu'"):
-        retrieval.resolve_device("tpu")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_said_so() -> None:
-    with pytest.raises(ValueError, match="finds no GPU"):
-        retrieval.resolve_device("cuda")
-
-
-@pytest.fixture
-def few_glyphs(monkeypatch: pytest.MonkeyPatch, small: ImageSet) -> None:
-    monkeypatch.setattr(retrieval, "load_glyphs", lambda: small)
-
-
-def test_the_sketch_that_follows_embeddings_prunes_more() -> None:
-    """Embeddings in few directions, half a unit apart: 60 random directions cannot tell them."""
-    embeddings = 0.125 * torch.randn(300, 8) @ torch.randn(8, 512) + torch.randn(512)
-    labels = torch.arange(300)
-    loss = PFMLLoss(300, 512, 2)
-    loss(embeddings, labels)
-    shares = retrieval.active_shares(loss, embeddings, labels, samples=100)
-    assert list(shares) == ["batch", "batch_random", "all", "all_random"]
-    assert 0 < shares["batch"] < 0.7 * shares["batch_random"]
-    assert shares["all"] <= shares["all_random"] == 1
-
-
-@pytest.mark.usefixtures("few_glyphs")
-def test_run_appends_a_row_and_draws_the_fields(tmp_path: Path) -> None:
-    settings = RetrievalSettings(epochs=1, batch_size=16, embedding_size=8, device="cpu")
-    for _ in range(2):
-        recalls = retrieval.run(settings, tmp_path / "out", Console(quiet=True))
-    rows = [json.loads(x) for x in (tmp_path / "out/retrieval.jsonl").read_text().splitlines()]
-    assert len(rows) == 2
-    assert rows[-1].items() >= recalls.items()
-    assert rows[-1]["trained_r8"] >= rows[-1]["trained_r1"]
-    assert rows[0]["trained_r1"] == rows[1]["trained_r1"]  # the same seed
-    assert 0 < rows[0]["active_share_batch"] <= 1
-    assert (rows[0]["epochs"], rows[0]["seed"], rows[0]["train_classes"]) == (1, 0, 8)
-    for picture in ("class_fields.png", "embedding_fields.png"):
-        assert (tmp_path / "out" / picture).read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.usefixtures("few_glyphs")
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"epochs": 0}, "epochs"),
-        ({"threads": 0}, "threads must be at least 1, got 0"),
-        ({"batch_size": 10_000}, "batch_size must be at most 32"),
-        ({"delta": -1.0}, "delta"),
-        ({"embedding_size": 2}, "embedding_size must be at least 3"),
-        ({"device": "tpu"}, "auto, cpu, cuda"),
-    ],
-)
-def test_run_refuses_before_it_writes(
-    tmp_path: Path, changed: dict[str, object], message: str
+@pytest.mark.parametrize("stop_after", [1, 6, 11, 15])  # of 11 steps an epoch
+@pytest.mark.parametrize("loss", ["pfml", "proxy-anchor"])
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+def test_a_run_that_was_stopped_goes_on_to_the_bit(
+    small: ArrayImages, stop_after: int, loss: str, optimizer: str
 ) -> None:
-    settings = RetrievalSettings(**{"batch_size": 16} | changed)  # type: ignore[arg-type]
+    """At any step, in a new process's place: a network with other weights, another random state."""
+    options = {"proxies_per_class": 2} if loss == "pfml" else {}
+    recipe = replace(
+        SMALL, loss=loss, options=options, optimizer=optimizer, clip=100.0, embedding_size=80
+    )
+    whole, stopped = training_of(small, recipe), training_of(small, recipe)
+    means = [whole.run_epoch(), whole.run_epoch()]
+
+    def stop(now: Training) -> None:
+        if now.steps_done == stop_after:
+            raise Stop
+
+    def run_until_stopped() -> None:
+        while True:
+            stopped.run_epoch(stop)
+
+    with pytest.raises(Stop):
+        run_until_stopped()
+    state = copy.deepcopy(stopped.state())
+    assert stopped.steps_done == stop_after
+
+    resumed = training_of(small, replace(recipe, seed=99))
+    resumed.recipe = recipe
+    torch.manual_seed(12345)
+    resumed.resume(state)
+    rest = [resumed.run_epoch() for _ in range(2 - resumed.epoch)]
+    assert rest == means[-len(rest) :]
+    assert equal(whole, resumed)
+    for name, value in whole.network.state_dict().items():
+        assert torch.equal(value, resumed.network.state_dict()[name]), name
+    assert str(whole.optimizer.state_dict()) == str(resumed.optimizer.state_dict())
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_trains(small: ArrayImages, loss: str) -> None:
+    training = training_of(small, replace(SMALL, loss=loss, options={}, epochs=1))
+    before = parameters(training)
+    assert np.isfinite(training.run_epoch())
+    moved = [not torch.equal(a, b) for a, b in zip(before, parameters(training), strict=True)]
+    assert all(moved)
+
+
+def test_the_mean_is_over_the_epoch(small: ArrayImages) -> None:
+    training = training_of(small)
+    sums: list[float] = []
+    mean = training.run_epoch(lambda now: sums.append(float(now.loss_sum)))
+    assert len(sums) == training.steps_per_epoch == len(small.labels) // 16
+    assert mean == pytest.approx(sums[-1] / len(sums))
+    assert float(training.loss_sum) == 0
+
+
+def test_weight_decay_is_of_the_network_and_proxies_have_a_rate_of_their_own(
+    small: ArrayImages,
+) -> None:
+    recipe = replace(SMALL, weight_decay=0.5, schedule="constant")
+    network, proxies = training_of(small, recipe).optimizer.param_groups
+    assert (network["lr"], network["weight_decay"]) == (3e-3, 0.5)
+    assert (proxies["lr"], proxies["weight_decay"]) == (0.3, 0.0)
+
+
+def test_clipping_bounds_the_gradients(small: ArrayImages) -> None:
+    norms = []
+
+    def note(now: Training) -> None:
+        grads = [p.grad for p in now.network.parameters() if p.grad is not None]
+        norms.append(float(torch.cat([g.flatten() for g in grads]).norm()))
+
+    training_of(small, replace(SMALL, epochs=1)).run_epoch(note)
+    assert max(norms) > 10
+    norms.clear()
+    training_of(small, replace(SMALL, epochs=1, clip=10.0)).run_epoch(note)
+    assert 0 < max(norms) <= 10.001
+
+
+def test_projected_proxies_have_length_one(small: ArrayImages) -> None:
+    for project in (False, True):
+        training = training_of(small, replace(SMALL, epochs=1, project_proxies=project))
+        training.run_epoch()
+        lengths = training.loss.proxies.detach().norm(dim=2)
+        assert torch.allclose(lengths, torch.ones(()), atol=1e-5) == project
+
+
+@pytest.mark.parametrize("loss", ["pfml", "proxynca"])
+def test_proxies_placed_at_samples_are_of_their_class(small: ArrayImages, loss: str) -> None:
+    training = training_of(small, replace(SMALL, loss=loss, options={}))
+    place_proxies(training.loss, training.network, small, seed=3)
+    embeddings = torch.nn.functional.normalize(embed(training.network, small), dim=1)
+    proxies = proxies_of(training.loss)
+    assert proxies is not None
+    for c, points in enumerate(proxies.detach().reshape(8, -1, 16)):
+        own = embeddings[small.labels == c]
+        assert (torch.cdist(points, own).min(dim=1).values < 1e-3).all()
+
+
+def test_batches_hold_as_many_images_of_each_class(small: ArrayImages) -> None:
+    batches = epoch_batches(small.labels, SMALL, epoch=0)
+    for batch in batches:
+        counts = np.bincount(small.labels[batch], minlength=8)
+        assert sorted(counts) == [0] * 4 + [4] * 4
+    again, other = (epoch_batches(small.labels, SMALL, epoch) for epoch in (0, 1))
+    assert all(np.array_equal(a, b) for a, b in zip(batches, again, strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(batches, other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("classes", "changed", "message"),
+    [
+        (1, {}, "at least 2 classes, got 1"),
+        (8, {"batch_size": 64}, "batch_size must be at most 32 .8 classes of 4 images"),
+    ],
+)
+def test_training_refuses(
+    small: ArrayImages, classes: int, changed: dict[str, Any], message: str
+) -> None:
+    labels = small.of_classes(np.arange(classes)).labels
     with pytest.raises(ValueError, match=message):
-        retrieval.run(settings, tmp_path / "out", Console(quiet=True))
-    assert not (tmp_path / "out").exists()
+        check_training(labels, replace(SMALL, **changed))
+
+
+def test_embedding_leaves_the_network_in_its_mode(small: ArrayImages) -> None:
+    network = build("cnn", 8, 1)
+    few = embed(network, small, batch_size=5)
+    assert network.training
+    assert torch.allclose(few, embed(network.eval(), small, batch_size=1000), atol=1e-5)
+    assert not network.training
+    assert not few.requires_grad
