@@ -62,7 +62,7 @@ class Recipe:
     options: Mapping[str, Any] = field(default_factory=dict)
     label_noise: float = 0.0
     seed: int = 0
-    epochs: int = 20
+    epochs: int = 10
     warmup_epochs: int = 0
     batch_size: int = 128
     images_per_class: int = 4
@@ -74,7 +74,7 @@ class Recipe:
     clip: float | None = None
     proxy_init: str = "random"
     project_proxies: bool = False
-    evaluate_every: int = 5
+    evaluate_every: int = 2
     recall_at: tuple[int, ...] = (1, 2, 4, 8)
     variant: str = ""
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
@@ -31,6 +32,7 @@ from bench.retrieval.images import DataSet, split_by_class, with_label_noise
 from bench.retrieval.losses import build_loss, proxy_array
 from bench.retrieval.metrics import check_gallery, retrieval
 from bench.retrieval.networks import build
+from bench.retrieval.pruning import active_shares
 from bench.retrieval.training import Training, check_training, embed, place_proxies
 from bench.settings import RetrievalSettings
 from pfml_triton import PFMLLoss
@@ -226,8 +228,12 @@ def train_and_evaluate(
                 progress.update(task, r1=100 * found[f"r{recipe.recall_at[0]}"])
             save_checkpoint(checkpoint, recipe, training.state())
 
-    save_arrays(folder / "embeddings.npz", training, data)
+    kept = save_arrays(folder / "embeddings.npz", training, data)
     row = _result(training, data, time.perf_counter() - started)
+    if isinstance(loss, PFMLLoss) and loss.proxies_per_class:
+        embeddings, labels = (torch.from_numpy(kept[name]) for name in ("train", "train_labels"))
+        shares = active_shares(loss, embeddings, labels, recipe.batch_size)
+        row |= {f"active_share_{name}": share for name, share in shares.items()}
     append_row(results, row | provenance(device))
     return row
 
@@ -266,25 +272,23 @@ def _result(training: Training, data: DataSet, seconds: float) -> Row:
     for name, images in (("train", data.train), ("test", data.test)):
         row |= {f"{name}_classes": len(images.names), f"{name}_images": len(images.labels)}
     row |= {"skipped_images": data.skipped, "seconds": round(seconds, 2)}
-    if isinstance(training.loss, PFMLLoss) and (stats := training.loss.last_stats):
-        row["active_share"] = stats["active_share"].item()
     return row
 
 
-def save_arrays(path: Path, training: Training, data: DataSet) -> None:
-    """Write what pictures are drawn from: embeddings and labels of both sets, and the proxies."""
+def save_arrays(path: Path, training: Training, data: DataSet) -> dict[str, NDArray[Any]]:
+    """Write, and return, what pictures are drawn from: embeddings, labels and proxies."""
+    classes, depth = len(data.train.names), training.recipe.embedding_size
+    found = {
+        "test": embed(training.network, data.test).cpu().numpy(),
+        "test_labels": data.test.labels,
+        "train": embed(training.network, data.train).cpu().numpy(),
+        "train_labels": data.train.labels,
+        "proxies": proxy_array(training.loss, classes, depth).numpy(),
+    }
     buffer = io.BytesIO()
-    np.savez(
-        buffer,
-        test=embed(training.network, data.test).cpu().numpy(),
-        test_labels=data.test.labels,
-        train=embed(training.network, data.train).cpu().numpy(),
-        train_labels=data.train.labels,
-        proxies=proxy_array(
-            training.loss, len(data.train.names), training.recipe.embedding_size
-        ).numpy(),
-    )
+    np.savez(buffer, allow_pickle=False, **found)
     write_whole(path, buffer.getvalue())
+    return found
 
 
 def _rows(path: Path) -> list[Row]:

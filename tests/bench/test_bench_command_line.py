@@ -5,7 +5,10 @@ from pathlib import Path
 import pytest
 
 from bench import __main__ as command_line
-from bench import figures, retrieval
+from bench import figures
+from bench.recipes import LOSSES
+from bench.retrieval import protocol
+from bench.settings import RetrievalSettings
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,7 +23,10 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     ("arguments", "words"),
     [
         (["--help"], ["retrieval", "speed", "plot", "host", "roofline", "figure"]),
-        (["retrieval", "--help"], ["--epochs", "--device", "{auto,cpu,cuda}", "--out"]),
+        (
+            ["retrieval", "--help"],
+            ["glyphs", "resnet50", "contrastive", "--label-noise", "{auto,cpu,cuda}", "--out"],
+        ),
         (["speed", "--help"], ["--sizes", "faces-100k", "100,512", "--slow", "{auto,cpu,cuda}"]),
         (["plot", "--help"], ["growth", "--rows", "--out"]),
         (
@@ -43,6 +49,8 @@ def test_help(arguments: list[str], words: list[str]) -> None:
         (["nothing"], ["'nothing'", "retrieval", "figure"]),
         (["retrieval", "--device", "tpu"], ["'tpu'", "auto", "cpu", "cuda"]),
         (["retrieval", "--epochs", "many"], ["--epochs", "'many'"]),
+        (["retrieval", "--losses", "softmax"], ["'softmax'", "pfml", "all"]),
+        (["retrieval", "--set", "alpha"], ["NAME=VALUE", "'alpha'"]),
         (["speed", "--sizes", "huge"], ["'huge'", "cub", "vit-sop", "faces-100k", "collapsed"]),
         (["speed", "--providers", "x"], ["'x'", "pfml-triton", "keops", "proxy-anchor"]),
         (["plot", "pie", "--out", "x.png"], ["'pie'", "speed", "growth"]),
@@ -79,13 +87,20 @@ def test_an_unknown_picture_format_is_an_error(
 
 def test_options_become_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen = []
-    monkeypatch.setattr(retrieval, "run", lambda settings, out: seen.append((settings, out)))
-    options = "--epochs 3 --seed 4 --device cpu --batch-size 60 --images-per-class 5"
-    options += " --embedding-size 32 --proxies-per-class 2 --alpha 1.5 --delta 0.3 --lr 0.01"
-    options += " --proxy-lr-mult 7 --threads 1"
+    monkeypatch.setattr(protocol, "run", lambda settings, out: seen.append((settings, out)))
+    options = "--preset cub-resnet50 --losses pfml triplet --seeds 0 1 --label-noise 0 0.2"
+    options += " --set alpha=0,1.5 clip=None optimizer=adamw --split validation --epochs 3"
+    options += " --data data --weights w.pt --strict --workers 2 --restart --device cpu --threads 1"
     assert command_line.main(["retrieval", *options.split(), "--out", str(tmp_path)]) == 0
-    expected = retrieval.RetrievalSettings(3, 4, "cpu", 60, 5, 32, 2, 1.5, 0.3, 0.01, 7.0, 1)
+    expected = RetrievalSettings(
+        preset="cub-resnet50", losses=("pfml", "triplet"), seeds=(0, 1), label_noise=(0.0, 0.2),
+        variations={"alpha": (0, 1.5), "clip": (None,), "optimizer": ("adamw",)},
+        split="validation", epochs=3, data=Path("data"), weights=Path("w.pt"), strict=True,
+        workers=2, restart=True, device="cpu", threads=1,
+    )  # fmt: skip
     assert seen == [(expected, tmp_path)]
+    command_line.main(["retrieval", "--losses", "all"])
+    assert seen[1][0] == RetrievalSettings(losses=LOSSES)
 
 
 def test_interrupt_exits_cleanly(

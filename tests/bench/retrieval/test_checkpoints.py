@@ -24,7 +24,7 @@ def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        ({"epochs": 7}, "epochs is 20 there and 7 here"),
+        ({"epochs": 7}, "epochs is 10 there and 7 here"),
         ({"seed": 1}, "seed is 0 there and 1 here"),
         ({"options": {"alpha": 2.0}}, "options is {.*'alpha': 1.0} there and {'alpha': 2.0} here"),
         ({"lr": 1.0, "clip": 2.0}, "lr is .* there and 1.0 here; clip is None there and 2.0 here"),
