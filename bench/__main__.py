@@ -104,8 +104,8 @@ def _add_retrieval(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         help="validation: hold out training classes and leave the test classes alone")  # fmt: skip
     add("--epochs", type=int, metavar="N", help="passes over the images; the preset's if not given")
     add("--data", type=Path, metavar="FOLDER", help="the data set, as its authors ship it")
-    add("--weights", type=Path, metavar="FILE",
-        help="pre-trained weights of the network; timm's own if not given")  # fmt: skip
+    add("--weights", metavar="FILE",
+        help="of a pre-trained network, or 'random'; timm's own if not given")  # fmt: skip
     add("--strict", action="store_true", help="refuse images that cannot be read")
     add("--workers", type=int, metavar="N", default=default.workers,
         help="processes that read photographs")  # fmt: skip

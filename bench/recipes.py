@@ -27,6 +27,7 @@ class Recipe:
         split: "test" retrieves the test classes; "validation" leaves them alone, trains on two
             thirds of the training classes and retrieves the others, to choose settings on.
         network: one of `NETWORKS`.
+        weights: of a network of timm: a file, "random" for none, None for the published ones.
         embedding_size: D.
         freeze_batch_norm: keep the statistics and the factors of BatchNorm as they were loaded.
         loss: one of `LOSSES`.
@@ -56,6 +57,7 @@ class Recipe:
     dataset: str = "glyphs"
     split: str = "test"
     network: str = "cnn"
+    weights: str | None = None
     embedding_size: int = 64
     freeze_batch_norm: bool = False
     loss: str = "pfml"

@@ -32,7 +32,7 @@ class RetrievalSettings:
         split: one of `bench.recipes.SPLITS`.
         epochs: None for the preset's.
         data: folder of the data set; None for glyphs.
-        weights: file of pre-trained weights; None for timm's own.
+        weights: see `bench.recipes.Recipe`.
         strict: refuse images that cannot be read, instead of leaving them out.
         workers: processes that read images.
         restart: begin anew where runs are done or half done.
@@ -48,7 +48,7 @@ class RetrievalSettings:
     split: str = "test"
     epochs: int | None = None
     data: Path | None = None
-    weights: Path | None = None
+    weights: str | None = None
     strict: bool = False
     workers: int = 4
     restart: bool = False

@@ -5,7 +5,7 @@ Embeddings come out as the head leaves them: losses and evaluation scale them to
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -13,11 +13,6 @@ import torch
 from torch import Tensor, nn
 
 RANDOM = "random"  # as `weights`: train from scratch what has a pre-training
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of photographs in [0, 1]: red, green, blue
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation of each channel
 
 
 class Pretrained(NamedTuple):
@@ -105,25 +100,23 @@ class EmbeddingNetwork(nn.Module):
         return [p for p in self.backbone.parameters() if id(p) not in frozen]
 
 
-class Rescale(nn.Module):
-    """Gives images of one mean and deviation another: [B, 1 or 3, H, W] to [B, 3, H, W].
+class Normalize(nn.Module):
+    """Takes a mean off images and divides by a deviation: [B, 1 or 3, H, W] to [B, 3, H, W].
 
     Args:
-        came: mean and deviation of the images that come, three channels each.
-        wanted: those that the images get.
+        mean, std: of the images that a backbone was trained on, in [0, 1]: red, green, blue.
     """
 
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, came: Statistics, wanted: Statistics) -> None:
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        mean, std = torch.tensor(came).view(2, 3, 1, 1)
-        wanted_mean, wanted_std = torch.tensor(wanted).view(2, 3, 1, 1)
+        means, stds = torch.tensor([list(mean), list(std)]).view(2, 3, 1, 1)
         # Not folded into the first convolution: weight decay would then pull at other weights than
         # those that were pre-trained. Not saved either: they belong to the network's name.
-        self.register_buffer("scale", std / wanted_std, persistent=False)
-        self.register_buffer("shift", (mean - wanted_mean) / wanted_std, persistent=False)
+        self.register_buffer("scale", 1 / stds, persistent=False)
+        self.register_buffer("shift", -means / stds, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         return torch.addcmul(self.shift, images, self.scale)
@@ -159,9 +152,8 @@ def build(
     *,
     weights: str | Path | None = None,
     freeze_batch_norm: bool = False,
-    normalized: bool = True,
 ) -> EmbeddingNetwork:
-    """A network by name, on the CPU, in training mode.
+    """A network of images in [0, 1] by name, on the CPU, in training mode.
 
     Args:
         name: one of `NETWORKS`.
@@ -172,9 +164,6 @@ def build(
             None takes them from timm's cache, or its hub. `RANDOM` trains from scratch, as the
             "cnn" always does.
         freeze_batch_norm: see `EmbeddingNetwork`; for pre-trained weights only.
-        normalized: whether photographs come with `IMAGENET_MEAN` taken off and divided by
-            `IMAGENET_STD`, or in [0, 1], as arrays do. A backbone of `PRETRAINED` gets from either
-            what it was trained on; the "cnn" takes images as they are.
 
     Raises:
         ValueError: an argument out of range, timm is not there, weights that cannot be had or read,
@@ -196,8 +185,6 @@ def build(
         if weights not in (None, RANDOM):
             raise ValueError(f"the cnn is trained from scratch and takes no weights, got {weights}")
         return small_cnn(embedding_size, channels)
-    if normalized and channels == 1:
-        raise ValueError("normalized needs the 3 channels of a photograph, got 1")
 
     timm = _import_timm(name)
     tag, options = PRETRAINED[name]
@@ -206,13 +193,11 @@ def build(
     if weights != RANDOM:
         state = _from_cache(timm, tag, trained_on) if weights is None else read_state(Path(weights))
         load_backbone(backbone, state, trained_on["classifier"], source=weights or tag)
-    came = (IMAGENET_MEAN, IMAGENET_STD) if normalized else ((0.0,) * 3, (1.0,) * 3)
-    wanted = (trained_on["mean"], trained_on["std"])
     return EmbeddingNetwork(
         backbone,
         backbone.num_features,
         embedding_size,
-        inputs=None if came == wanted else Rescale(came, wanted),
+        inputs=Normalize(trained_on["mean"], trained_on["std"]),
         pretrained=weights != RANDOM,
         freeze_batch_norm=freeze_batch_norm,
     )

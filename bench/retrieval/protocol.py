@@ -52,7 +52,6 @@ def compare(
     base: str = "glyphs",
     changes: Mapping[str, Any] | None = None,
     device: str = "auto",
-    weights: Path | None = None,
     restart: bool = False,
     console: Console | None = None,
 ) -> list[Row]:
@@ -71,7 +70,6 @@ def compare(
         base: preset that gives everything else.
         changes: fields of `Recipe` for all runs in place of the preset's, "split" for example.
         device: "auto", "cpu" or "cuda".
-        weights: file of the network's pre-trained weights, see `bench.retrieval.networks.build`.
         restart: begin anew, whatever is in `out`.
         console: where progress is shown; standard output if None.
 
@@ -96,7 +94,7 @@ def compare(
     return [
         train_and_evaluate(
             data_of(data, recipe), recipe, out, chosen,
-            weights=weights, restart=restart, console=console,
+            restart=restart, console=console,
         )
         for recipe in recipes
     ]  # fmt: skip
@@ -120,13 +118,13 @@ def run(settings: RetrievalSettings, out: Path, console: Console | None = None) 
         f"train, {len(data.test.labels):,} of {len(data.test.names):,} others to retrieve.",
         highlight=False,
     )
-    changes: dict[str, Any] = {"split": settings.split}
+    changes: dict[str, Any] = {"split": settings.split, "weights": settings.weights}
     if settings.epochs is not None:
         changes["epochs"] = settings.epochs
     rows = compare(
         data, settings.losses, out,
         seeds=settings.seeds, label_noise=settings.label_noise, variations=settings.variations,
-        base=settings.preset, changes=changes, device=settings.device, weights=settings.weights,
+        base=settings.preset, changes=changes, device=settings.device,
         restart=settings.restart, console=console,
     )  # fmt: skip
     for row in rows:
@@ -173,7 +171,6 @@ def train_and_evaluate(
     out: Path,
     device: torch.device,
     *,
-    weights: Path | None = None,
     restart: bool = False,
     console: Console,
 ) -> Row:
@@ -193,7 +190,7 @@ def train_and_evaluate(
     classes, depth = len(data.train.names), recipe.embedding_size
     network = build(
         recipe.network, depth, data.train.channels,
-        weights=weights, freeze_batch_norm=recipe.freeze_batch_norm,
+        weights=recipe.weights, freeze_batch_norm=recipe.freeze_batch_norm,
     ).to(device)  # fmt: skip
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a third faster
     loss = build_loss(recipe.loss, classes, depth, recipe.options).to(device)
@@ -206,35 +203,41 @@ def train_and_evaluate(
 
     log = Log(out / "log.jsonl", recipe.run_id)
     log.add("resume" if saved else "start", training, device=str(device))
-    with _interruptible() as stopped, _progress(recipe, console) as (progress, task):
+    with _interruptible() as stopped:
+        with _progress(recipe, console) as (progress, task):
 
-        def on_step(now: Training) -> None:
-            progress.update(task, completed=now.steps_done)
-            if stopped.is_set():
-                save_checkpoint(checkpoint, recipe, now.state())
-                log.add("interrupted", now)
-                raise KeyboardInterrupt
+            def on_step(now: Training) -> None:
+                progress.update(task, completed=now.steps_done)
+                if stopped.is_set():
+                    save_checkpoint(checkpoint, recipe, now.state())
+                    log.add("interrupted", now)
+                    raise KeyboardInterrupt
 
-        if not training.history:
-            _evaluate(training, data, log)
-        while training.epoch < recipe.epochs:
-            before = time.perf_counter()
-            progress.update(task, epoch=training.epoch + 1)
-            mean = training.run_epoch(on_step)
-            log.add("epoch", training, loss=mean, seconds=round(time.perf_counter() - before, 2))
-            progress.update(task, loss=mean)
-            if training.epoch % recipe.evaluate_every == 0 or training.epoch == recipe.epochs:
-                found = _evaluate(training, data, log)
-                progress.update(task, r1=100 * found[f"r{recipe.recall_at[0]}"])
-            save_checkpoint(checkpoint, recipe, training.state())
+            if not training.history:
+                _evaluate(training, data, log)
+            while training.epoch < recipe.epochs:
+                before = time.perf_counter()
+                progress.update(task, epoch=training.epoch + 1)
+                mean = training.run_epoch(on_step)
+                seconds = round(time.perf_counter() - before, 2)
+                log.add("epoch", training, loss=mean, seconds=seconds)
+                progress.update(task, loss=mean)
+                if training.epoch % recipe.evaluate_every == 0 or training.epoch == recipe.epochs:
+                    found = _evaluate(training, data, log)
+                    progress.update(task, r1=100 * found[f"r{recipe.recall_at[0]}"])
+                save_checkpoint(checkpoint, recipe, training.state())
 
-    kept = save_arrays(folder / "embeddings.npz", training, data)
-    row = _result(training, data, time.perf_counter() - started)
-    if isinstance(loss, PFMLLoss) and loss.proxies_per_class:
-        embeddings, labels = (torch.from_numpy(kept[name]) for name in ("train", "train_labels"))
-        shares = active_shares(loss, embeddings, labels, recipe.batch_size)
-        row |= {f"active_share_{name}": share for name, share in shares.items()}
-    append_row(results, row | provenance(device))
+        kept = save_arrays(folder / "embeddings.npz", training, data)
+        row = _result(training, data, time.perf_counter() - started)
+        if isinstance(loss, PFMLLoss) and loss.proxies_per_class:
+            embeddings, labels = (
+                torch.from_numpy(kept[name]) for name in ("train", "train_labels")
+            )
+            shares = active_shares(loss, embeddings, labels, recipe.batch_size)
+            row |= {f"active_share_{name}": share for name, share in shares.items()}
+        append_row(results, row | provenance(device))
+        if stopped.is_set():  # after the last step
+            raise KeyboardInterrupt
     return row
 
 
@@ -318,13 +321,14 @@ def _interruptible() -> Iterator[threading.Event]:
 @contextmanager
 def _progress(recipe: Recipe, console: Console) -> Iterator[tuple[Progress, TaskID]]:
     columns = (
-        TextColumn("{task.fields[run]}, epoch {task.fields[epoch]}/{task.fields[epochs]}"),
+        TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
         BarColumn(),
         TextColumn("R@1 {task.fields[r1]:.1f} %, loss {task.fields[loss]:.6g}"),
         TimeRemainingColumn(),
     )
+    console.print(recipe.run_id, highlight=False)
     with Progress(*columns, console=console) as progress:
         yield progress, progress.add_task(
-            "", total=None, run=recipe.run_id, epoch=1, epochs=recipe.epochs,
+            "", total=None, epoch=1, epochs=recipe.epochs,
             r1=float("nan"), loss=float("nan"),
         )  # fmt: skip

@@ -95,7 +95,7 @@ def test_options_become_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     expected = RetrievalSettings(
         preset="cub-resnet50", losses=("pfml", "triplet"), seeds=(0, 1), label_noise=(0.0, 0.2),
         variations={"alpha": (0, 1.5), "clip": (None,), "optimizer": ("adamw",)},
-        split="validation", epochs=3, data=Path("data"), weights=Path("w.pt"), strict=True,
+        split="validation", epochs=3, data=Path("data"), weights="w.pt", strict=True,
         workers=2, restart=True, device="cpu", threads=1,
     )  # fmt: skip
     assert seen == [(expected, tmp_path)]

@@ -7,10 +7,7 @@ import torch
 from torch import nn
 
 from bench.retrieval import networks
-from bench.retrieval.networks import EmbeddingNetwork, Rescale, build, small_cnn
-
-UNIT = ((0.0,) * 3, (1.0,) * 3)
-PHOTOGRAPHS = (networks.IMAGENET_MEAN, networks.IMAGENET_STD)
+from bench.retrieval.networks import EmbeddingNetwork, Normalize, build, small_cnn
 
 
 def plain_cnn(channels: int, embedding_size: int, width: int) -> nn.Sequential:
@@ -132,23 +129,15 @@ def test_parameters_are_shared_out_once(frozen: EmbeddingNetwork) -> None:
     assert len(frozen.backbone_parameters()) == 4
 
 
-def test_rescaling_gives_what_normalising_from_the_start_would() -> None:
+def test_images_are_normalized_channel_by_channel() -> None:
     pixels = torch.rand(2, 3, 4, 4)
-    halves = ((0.5,) * 3, (0.5,) * 3)
-    as_photographs = Rescale(UNIT, PHOTOGRAPHS)(pixels)
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in PHOTOGRAPHS)
-    assert torch.allclose(as_photographs, (pixels - mean) / std, atol=1e-6)
-    assert torch.allclose(Rescale(PHOTOGRAPHS, halves)(as_photographs), 2 * pixels - 1, atol=1e-6)
-
-
-def test_a_grey_image_is_three_channels_of_the_same() -> None:
-    grey = torch.rand(2, 1, 4, 4)
-    rescale = Rescale(UNIT, PHOTOGRAPHS)
-    assert torch.equal(rescale(grey), rescale(grey.expand(2, 3, 4, 4)))
-
-
-def test_rescaling_leaves_no_trace_in_a_checkpoint() -> None:
-    assert list(Rescale(UNIT, PHOTOGRAPHS).state_dict()) == []
+    normalize = Normalize((0.1, 0.2, 0.3), (0.5, 1.0, 2.0))
+    for channel, (mean, std) in enumerate([(0.1, 0.5), (0.2, 1.0), (0.3, 2.0)]):
+        wanted = (pixels[:, channel] - mean) / std
+        assert torch.allclose(normalize(pixels)[:, channel], wanted, atol=1e-6)
+    grey = normalize(pixels[:, :1])
+    assert torch.equal(grey, normalize(pixels[:, :1].expand(2, 3, 4, 4)))
+    assert list(normalize.state_dict()) == []
 
 
 @pytest.mark.parametrize(
@@ -166,7 +155,6 @@ def test_rescaling_leaves_no_trace_in_a_checkpoint() -> None:
             {"name": "resnet50", "weights": "random", "freeze_batch_norm": True},
             "there is none: got network 'resnet50' with random weights",
         ),
-        ({"name": "resnet50", "channels": 1}, "normalized needs the 3 channels .*, got 1"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, object], message: str) -> None:

@@ -10,7 +10,10 @@ import torch
 from rich.console import Console
 
 from bench.recipes import LOSSES
-from bench.retrieval import DataSet, arrays, compare, protocol, retrieval
+from bench.retrieval import protocol
+from bench.retrieval.images import DataSet, arrays
+from bench.retrieval.metrics import retrieval
+from bench.retrieval.protocol import compare
 from bench.retrieval.training import Training
 from bench.settings import RetrievalSettings
 
@@ -200,7 +203,7 @@ def test_run_takes_the_settings_of_the_command_line(
         split="validation", epochs=4, restart=True, device="cpu",
     )  # fmt: skip
     protocol.run(settings, tmp_path, Console(quiet=True))
-    assert seen["changes"] == {"split": "validation", "epochs": 4}
+    assert seen["changes"] == {"split": "validation", "weights": None, "epochs": 4}
     assert (seen["losses"], seen["seeds"], seen["label_noise"]) == (("triplet",), (3,), (0.2,))
     assert (seen["variations"], seen["restart"], seen["device"]) == ({"lr": (0.1,)}, True, "cpu")
     with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
