@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 Labels = NDArray[np.int64]
+T = TypeVar("T", bound="Images")
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class DataSet(NamedTuple):
     skipped: int = 0
 
 
-def split_by_class[T: Images](data: T, seed: int = 0, train_share: float = 0.5) -> tuple[T, T]:
+def split_by_class(data: T, seed: int = 0, train_share: float = 0.5) -> tuple[T, T]:
     """Split into two sets without a common class, as zero-shot retrieval wants it.
 
     Args:
