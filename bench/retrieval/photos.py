@@ -13,6 +13,7 @@ import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -36,10 +37,6 @@ AREA = (0.08, 1.0)
 RATIO = (3 / 4, 4 / 3)
 ATTEMPTS = 10
 DRAWS = 2 * ATTEMPTS + 3
-
-# Not "fork": it copies the locks of this process's threads (progress bars, OpenMP, CUDA) as they
-# are, and a locked one stays so. A fork server has no threads, and imports PyTorch once for all.
-SERVER = "forkserver" in multiprocessing.get_all_start_methods()
 
 
 class Job(NamedTuple):
@@ -111,18 +108,13 @@ class PhotoImages(Images):
     def _decoded(self, jobs: Iterable[Job], count: int) -> Iterator[Tensor]:
         """The batches of `count` jobs, in their order."""
         workers = min(self.workers, count)
-        context = None
-        if workers:
-            context = multiprocessing.get_context("forkserver" if SERVER else "spawn")
-            if SERVER:
-                context.set_forkserver_preload(["torch", __name__])
         loader = DataLoader(
             _Decoder(self.size, self.resized),
             sampler=jobs,
             batch_size=None,  # a job is a batch
             num_workers=workers,
-            multiprocessing_context=context,
-            worker_init_fn=_leave_interrupts_to_the_main_process,
+            multiprocessing_context=_context() if workers else None,
+            worker_init_fn=_ignore_interrupts,
             # It draws a seed for its workers, which nothing uses: not from the global generator.
             generator=torch.Generator(),
         )
@@ -160,8 +152,33 @@ def draws(images: int, seed: int) -> NDArray[np.float64]:
     return np.random.default_rng(seed).random((images, DRAWS))
 
 
-def _leave_interrupts_to_the_main_process(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the main one decides, and ends the others."""
+def _context() -> BaseContext:
+    """How workers are started.
+
+    Not by "fork": it copies the locks of this process's threads (progress bars, OpenMP, CUDA) as
+    they are, and a locked one stays so. A fork server has no threads, and imports PyTorch once for
+    all; systems without one start every worker afresh.
+
+    Ctrl-C reaches every process of a terminal. Here the main one decides, and ends the others: the
+    server is started with SIGINT blocked, which workers inherit, so that none has an unguarded
+    moment.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    from multiprocessing import forkserver
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", __name__])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return context
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """For a worker that was started afresh, or by a server that was there before."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
