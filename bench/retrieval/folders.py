@@ -224,7 +224,7 @@ def _class_number(text: str, names: Mapping[int, str], path: Path) -> int:
 
 
 def _species(name: str) -> str:
-    """ "001.Black_footed_Albatross" as a person writes it."""
+    """The name in "001.Black_footed_Albatross" as a person writes it."""
     return name.partition(".")[2].replace("_", " ") or name
 
 

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import compress
+from multiprocessing import connection
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -114,27 +118,32 @@ class PhotoImages(Images):
             batch_size=None,  # a job is a batch
             num_workers=workers,
             multiprocessing_context=_context() if workers else None,
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=_follow_the_main_process,
             # It draws a seed for its workers, which nothing uses: not from the global generator.
             generator=torch.Generator(),
         )
-        for batch in loader:
-            if isinstance(batch, OSError):
-                raise batch
-            yield batch
+        with _interrupts_held():
+            batches = iter(loader)  # starts the workers
+        try:
+            for batch in batches:
+                if isinstance(batch, str):
+                    raise OSError(batch)
+                yield batch
+        finally:
+            del batches  # ends the workers now, not when a traceback lets go of this frame
 
 
 @dataclass(frozen=True)
-class _Decoder(Dataset["Tensor | OSError"]):
-    """Turns a job into [b, 3, size, size] float32, or the error that names its unreadable file.
+class _Decoder(Dataset["Tensor | str"]):
+    """Turns a job into [b, 3, size, size] float32, or the message that names an unreadable file.
 
-    An error raised in a worker would reach the user inside two tracebacks.
+    An error that is raised in a worker reaches the user inside two tracebacks.
     """
 
     size: int
     resized: int
 
-    def __getitem__(self, job: Job) -> Tensor | OSError:
+    def __getitem__(self, job: Job) -> Tensor | str:
         crops = np.empty((len(job.paths), self.size, self.size, 3), dtype=np.uint8)
         try:
             for i, path in enumerate(job.paths):
@@ -143,7 +152,7 @@ class _Decoder(Dataset["Tensor | OSError"]):
                 else:
                     crops[i] = random_crop(read_rgb(path), self.size, job.draws[i])
         except OSError as error:
-            return error
+            return str(error)
         return to_tensor(crops).contiguous().sub_(MEAN).div_(STD)
 
 
@@ -159,16 +168,16 @@ def _context() -> BaseContext:
     they are, and a locked one stays so. A fork server has no threads, and imports PyTorch once for
     all; systems without one start every worker afresh.
 
-    Ctrl-C reaches every process of a terminal. Here the main one decides, and ends the others: the
-    server is started with SIGINT blocked, which workers inherit, so that none has an unguarded
-    moment.
+    The server is started with SIGINT blocked, which workers inherit, see
+    `_follow_the_main_process`.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
-    from multiprocessing import forkserver
+    from multiprocessing import forkserver, resource_tracker
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", __name__])
+    resource_tracker.ensure_running()  # it would be started within, and unblock SIGINT
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         forkserver.ensure_running()
@@ -177,9 +186,37 @@ def _context() -> BaseContext:
     return context
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """For a worker that was started afresh, or by a server that was there before."""
+def _follow_the_main_process(worker: int) -> None:
+    """Make a worker end with the main process, and with nothing else.
+
+    Ctrl-C reaches every process of a terminal; it is the main one that decides. Where that is
+    killed, a worker that waits for work would wait for ever.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    main = multiprocessing.parent_process()
+    assert main is not None
+
+    def wait() -> None:
+        connection.wait([main.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Let Ctrl-C take effect afterwards: a worker half started would be known to nobody."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python interrupts the main thread only
+        return
+    held = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if held:
+            signal.raise_signal(signal.SIGINT)
 
 
 def read_rgb(path: Path, *, small: bool = False) -> Image.Image:

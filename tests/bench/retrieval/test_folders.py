@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.retrieval.folders import CUB, SOP, Counts, Parts, cub, sop
+from bench.retrieval.folders import CUB, SOP, Counts, Parts, Standard, cub, sop
 from tests.photographs import COUNTS, IMAGES, nearest_class, write_cub, write_image, write_sop
 
 Loader = Callable[..., Parts]
@@ -91,7 +91,7 @@ def test_lists_written_on_windows(birds: Path) -> None:
 
 @pytest.mark.parametrize(("load", "standard"), [(cub, CUB), (sop, SOP)])
 def test_no_folder_and_an_empty_one_say_what_to_put_there(
-    tmp_path: Path, load: Loader, standard: object
+    tmp_path: Path, load: Loader, standard: Standard
 ) -> None:
     with pytest.raises(ValueError, match=r"(?s)there is no such folder.*Expected there.*publish"):
         load(tmp_path / "nowhere")

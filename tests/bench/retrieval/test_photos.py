@@ -1,8 +1,9 @@
+import contextlib
+import gc
 import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -203,6 +204,9 @@ def test_a_file_that_can_no_longer_be_read_is_named(tmp_path: Path, workers: int
     with pytest.raises(OSError, match=r"^cannot read .*2\.jpg: No such file") as caught:
         list(data.training([np.array([0, 1]), np.array([3, 2])], [0, 1]))
     assert "\n" not in str(caught.value)
+    started = time.monotonic()
+    gc.collect()
+    assert time.monotonic() - started < 3  # workers that were left to the collector time out
     paths[2].write_bytes(paths[1].read_bytes()[:-200])
     with pytest.raises(OSError, match=r"^cannot read .*2\.jpg: .*truncated"):
         list(data.evaluation(4))
@@ -226,40 +230,69 @@ def test_values_out_of_range_are_refused(
         )
 
 
-def test_ctrl_c_ends_all_processes_at_once(tmp_path: Path) -> None:
-    """As a terminal sends it: to the main process and to every worker."""
+SCRIPT = """
+import sys
+import time
+import numpy as np
+from bench.retrieval.photos import PhotoImages
+
+if __name__ == "__main__":
+    data = PhotoImages(np.zeros(1, np.int64), ["a"], [sys.argv[1]], workers=2)
+    try:
+        for k, batch in enumerate(data.training([np.zeros(8, np.int64)] * 10_000, range(10_000))):
+            print(k, flush=True)
+            if k == 1 and sys.argv[2] == "wait":
+                time.sleep(60)
+    except KeyboardInterrupt:
+        sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "to_all", "status", "then"),
+    [
+        # As a terminal sends Ctrl-C: to every worker too.
+        (signal.SIGINT, True, 130, "go on"),
+        # Workers that wait for work have to find out.
+        (signal.SIGKILL, False, -signal.SIGKILL, "wait"),
+    ],
+)
+def test_workers_end_with_the_main_process(
+    tmp_path: Path, number: int, to_all: bool, status: int, then: str
+) -> None:
     path = write_image(tmp_path / "a.jpg", 1, (600, 600))
     script = tmp_path / "script.py"
-    script.write_text(
-        textwrap.dedent(f"""
-        import sys
-        import numpy as np
-        from bench.retrieval.photos import PhotoImages
-
-        if __name__ == "__main__":
-            data = PhotoImages(np.zeros(1, np.int64), ["a"], ["{path}"], workers=2)
-            batches = [np.zeros(8, np.int64)] * 100_000
-            try:
-                for batch in data.training(batches, range(100_000)):
-                    print("batch", flush=True)
-            except KeyboardInterrupt:
-                sys.exit(130)
-    """)
-    )
+    script.write_text(SCRIPT)
     process = subprocess.Popen(
-        [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": str(Path.cwd())}, start_new_session=True,
+        [sys.executable, script, path, then], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, env={**os.environ, "PYTHONPATH": str(Path.cwd())}, start_new_session=True,
     )  # fmt: skip
     try:
         assert process.stdout is not None
-        # The workers take turns: a batch of each.
-        assert [process.stdout.readline() for _ in range(2)] == ["batch\n"] * 2
+        assert [process.stdout.readline() for _ in range(2)] == ["0\n", "1\n"]  # one of each worker
         started = time.monotonic()
-        os.killpg(process.pid, signal.SIGINT)
+        if to_all:
+            os.killpg(process.pid, number)
+        else:
+            process.send_signal(number)
         _, errors = process.communicate(timeout=20)  # the pipes close when the last process ends
-        assert process.returncode == 130
-        assert errors == ""
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 15
+        assert process.returncode == status
+        assert "Traceback" not in errors
     finally:
-        if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_interrupts_are_held_and_not_lost() -> None:
+    done = []
+
+    def start() -> None:
+        with photos._interrupts_held():
+            signal.raise_signal(signal.SIGINT)
+            done.append("what came after the signal")
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    assert done
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
