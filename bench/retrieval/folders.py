@@ -57,9 +57,10 @@ class Standard:
 
     def incomplete(self, folder: Path, found: str) -> ValueError:
         """The error for a folder, with what was found there."""
+        images = self.counts.train_images + self.counts.test_images
         return ValueError(
             f"{self.title} is not complete in {folder}: {found}.\n"
-            f"Expected there: {self.contents}.\n"
+            f"Expected there: {self.contents}; {images:,} images in all.\n"
             f"Its authors publish it as {self.origin}; nothing is downloaded from here."
         )
 

@@ -65,8 +65,8 @@ class PhotoImages(Images):
         workers: processes that decode ahead; with 0 the caller decodes.
 
     Raises:
-        ValueError: sizes or a number of workers outside their range, or as many labels as paths
-            are not there.
+        ValueError: a size or a number of workers outside its range, or another number of labels
+            than of paths.
         OSError: while iterating, naming a file that cannot be read.
     """
 
