@@ -107,8 +107,8 @@ def _add_retrieval(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     add("--weights", metavar="FILE",
         help="of a pre-trained network, or 'random'; timm's own if not given")  # fmt: skip
     add("--strict", action="store_true", help="refuse images that cannot be read")
-    add("--workers", type=int, metavar="N", default=default.workers,
-        help="processes that read photographs")  # fmt: skip
+    add("--workers", type=int, metavar="N",
+        help="processes that read photographs; one a core, up to 8, if not given")  # fmt: skip
     add("--restart", action="store_true", help="run again what is done, or half done")
     add("--device", choices=DEVICES, default=default.device, help="auto: a GPU if there is one")
     add("--threads", type=int, metavar="N", help="CPU threads; PyTorch's own choice if not given")

@@ -34,7 +34,7 @@ class RetrievalSettings:
         data: folder of the data set; None for glyphs.
         weights: see `bench.recipes.Recipe`.
         strict: refuse images that cannot be read, instead of leaving them out.
-        workers: processes that read images.
+        workers: processes that read photographs, None for one a core, up to 8.
         restart: begin anew where runs are done or half done.
         device: one of `DEVICES`.
         threads: CPU threads of PyTorch, None for its own choice.
@@ -50,7 +50,7 @@ class RetrievalSettings:
     data: Path | None = None
     weights: str | None = None
     strict: bool = False
-    workers: int = 4
+    workers: int | None = None
     restart: bool = False
     device: str = "auto"
     threads: int | None = None

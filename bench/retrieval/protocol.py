@@ -112,7 +112,10 @@ def run(settings: RetrievalSettings, out: Path, console: Console | None = None) 
             raise ValueError(f"threads must be at least 1, got {settings.threads}")
         torch.set_num_threads(settings.threads)
     base = preset(settings.preset)
-    data = load(base.dataset, settings.data, strict=settings.strict)
+    data = load(
+        base.dataset, settings.data,
+        strict=settings.strict, workers=settings.workers, console=console,
+    )  # fmt: skip
     console.print(
         f"{data.name}: {len(data.train.labels):,} images of {len(data.train.names):,} classes to "
         f"train, {len(data.test.labels):,} of {len(data.test.names):,} others to retrieve.",
