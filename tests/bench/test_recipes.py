@@ -2,7 +2,8 @@ from typing import Any
 
 import pytest
 
-from bench.recipes import GLYPH_RATES, LOSSES, PRESETS, Recipe, preset
+from bench.recipes import GLYPHS, LOSSES, PRESETS, Recipe, preset
+from bench.retrieval.losses import build_loss
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -10,7 +11,7 @@ from bench.recipes import GLYPH_RATES, LOSSES, PRESETS, Recipe, preset
 def test_every_preset_has_every_loss(name: str, loss: str) -> None:
     recipe = preset(name, loss)
     assert recipe.loss == loss
-    assert set(recipe.options) <= ({"proxies_per_class"} if loss == "pfml" else set())
+    assert build_loss(loss, 3, 4, recipe.options)
     assert recipe.variant == ""
 
 
@@ -21,7 +22,7 @@ def test_the_published_settings() -> None:
     assert (cub.options["proxies_per_class"], sop.options["proxies_per_class"]) == (15, 2)
     assert (sop.embedding_size, sop.recall_at) == (384, (1, 10, 100, 1000))
     assert preset("cars-vits16").weight_decay == 1e-4
-    assert set(GLYPH_RATES) == set(LOSSES)
+    assert set(GLYPHS) == set(LOSSES)
 
 
 def test_unknown_names_are_refused() -> None:
@@ -32,16 +33,16 @@ def test_unknown_names_are_refused() -> None:
 
 
 def test_a_variation_is_of_fields_or_options_and_has_a_name() -> None:
-    recipe = preset("glyphs").vary(alpha=1.0, lr=0.01)
-    assert (recipe.lr, recipe.options["alpha"], recipe.variant) == (0.01, 1.0, "alpha=1.0,lr=0.01")
+    recipe = preset("glyphs").vary(alpha=2.0, lr=0.01)
+    assert (recipe.lr, recipe.options["alpha"], recipe.variant) == (0.01, 2.0, "alpha=2.0,lr=0.01")
     assert recipe.options["proxies_per_class"] == preset("glyphs").options["proxies_per_class"]
-    assert preset("glyphs").options.get("alpha") is None
+    assert preset("glyphs").options["alpha"] == 1.0
 
 
 def test_run_ids_tell_recipes_of_a_preset_apart() -> None:
     base = preset("glyphs")
     recipes = [
-        base, base.vary(alpha=1.0), base.vary(seed=1), preset("glyphs", "triplet"),
+        base, base.vary(alpha=2.0), base.vary(seed=1), preset("glyphs", "triplet"),
         Recipe(label_noise=0.2), Recipe(split="validation"), Recipe(seed=7),
     ]  # fmt: skip
     assert len({recipe.run_id for recipe in recipes}) == len(recipes)
