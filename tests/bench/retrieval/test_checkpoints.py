@@ -9,7 +9,7 @@ from bench.recipes import preset
 from bench.retrieval import checkpoints
 from bench.retrieval.checkpoints import load_checkpoint, save_checkpoint, write_whole
 
-RECIPE = preset("glyphs").vary(alpha=1.0)
+RECIPE = preset("glyphs", "triplet").vary(margin=0.5)
 
 
 def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -26,7 +26,7 @@ def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
     [
         ({"epochs": 7}, "epochs is 10 there and 7 here"),
         ({"seed": 1}, "seed is 0 there and 1 here"),
-        ({"options": {"alpha": 2.0}}, "options is {.*'alpha': 1.0} there and {'alpha': 2.0} here"),
+        ({"options": {"margin": 2.0}}, "options is {'margin': 0.5} there and {'margin': 2.0} here"),
         ({"lr": 1.0, "clip": 2.0}, "lr is .* there and 1.0 here; clip is None there and 2.0 here"),
     ],
 )
