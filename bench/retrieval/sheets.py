@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from bench.retrieval.images import Images
+from bench.retrieval.maps import check_same
 from bench.retrieval.style import DPI, FAINT, INK, RIGHT, WRONG, plain
 from bench.retrieval.wasserstein import Floats, normalised
 
@@ -80,11 +81,7 @@ def sheet_figure(
     Raises:
         ValueError: the images are not those that were embedded.
     """
-    if not np.array_equal(labels, images.labels):
-        raise ValueError(
-            f"the {len(images.labels)} test images given are not the {len(labels)} that the run "
-            "embedded: is it another data set, or another version of it?"
-        )
+    check_same(labels, images)
     found = choose_queries(embeddings, labels, wanted)
     rows = max(map(len, found))
     height = _ROW * rows + _TITLE

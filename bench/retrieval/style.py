@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 INK, FAINT, GRID = "#222222", "#777777", "#e4e4e4"
-RIGHT, WRONG = "#009E73", "#D55E00"
+RIGHT, WRONG = "#009E73", "#CC3311"
 DPI = 160
 
 # After Okabe and Ito, for colour-blind readers; marker and dash tell them apart in grey too.

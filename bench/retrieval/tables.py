@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
@@ -19,13 +21,18 @@ from bench.retrieval.published import (
     TITLES,
     published,
 )
+from bench.retrieval.wasserstein import ProxyDistances
 
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
+)
 NOTHING = "—"
 _SPREAD = "Percent, mean ± sample standard deviation over seeds"
 _SOURCE = f" Published: {SOURCE}."
-_WHEN = {
-    "final": "after the last epoch",
-    "best": "at the epoch that is best on the test classes, as papers of this field report it",
+_WHEN = {"final": "after the last epoch", "best": "at the best epoch"}
+_FLATTERS = {
+    "final": "",
+    "best": " The best epoch of a run is chosen on the same images, which flatters it.",
 }
 
 
@@ -60,10 +67,14 @@ class TextTable:
         """For a console."""
         table = Table(
             title=escape(self.title), caption=escape(self.note), title_justify="left",
-            caption_justify="left", box=SIMPLE_HEAD, padding=(0, 2, 0, 0),
+            caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0),
         )  # fmt: skip
         for i, name in enumerate(self.columns):
-            table.add_column(escape(name), justify="left" if i < self.labels else "right")
+            number = i >= self.labels
+            table.add_column(
+                escape(name), justify="right" if number else "left", no_wrap=number,
+                overflow="fold",
+            )  # fmt: skip
         for line in self.lines:
             texts = [
                 f"[bold]{escape(text)}[/bold]" if i in line.best else escape(text)
@@ -71,6 +82,10 @@ class TextTable:
             ]
             table.add_row(*texts, style="dim italic" if line.published else None)
         return table
+
+    def html(self) -> str:
+        """For a page: the table element, everything in it escaped."""
+        return TEMPLATES.get_template("table.html").render(table=self)
 
 
 def main_table(cells: Sequence[Cell], when: str = "final") -> TextTable:
@@ -94,7 +109,7 @@ def main_table(cells: Sequence[Cell], when: str = "final") -> TextTable:
         f"{title_of(dataset)}, {network}, {split} classes{_noise_words(noise)}: {_WHEN[when]}",
         ("loss", "source", "seeds", *(f"R@{k}" for k in ks), "MAP@R"),
         tuple(lines),
-        f"{_SPREAD} {_listed(seeds)}. Bold: the best measured mean."
+        f"{_SPREAD} {_listed(seeds)}. Bold: the best measured mean.{_FLATTERS[when]}"
         f"{_SOURCE if published(dataset, noise) else ''}",
         labels=2,
     )
@@ -133,8 +148,8 @@ def noise_table(cells: Sequence[Cell], when: str = "final") -> TextTable:
         f"{_WHEN[when]}",
         ("loss", "source", "seeds", "clean", *pairs),
         tuple(lines),
-        f"{_SPREAD} {_listed(seeds)}; the drop, in points, is over the seeds that ran with and "
-        f"without noise. Bold: the best measured mean.{_SOURCE if beside else ''}",
+        f"{_SPREAD} {_listed(seeds)}; the drop, in points, is of the seeds that ran with and "
+        f"without noise. Bold: the best measured mean.{_FLATTERS[when]}{_SOURCE if beside else ''}",
         labels=2,
     )
 
@@ -168,10 +183,50 @@ def study_table(cells: Sequence[Cell], when: str = "final") -> TextTable:
     return TextTable(
         f"{title_of(dataset)}, {network}, {split} classes: {cells[0].title} and its variants, "
         f"{_WHEN[when]}",
-        ("variant", "label noise", "seeds", "R@1", "against plain", "MAP@R"),
+        ("variant", "noise", "seeds", "R@1", "gain", "MAP@R"),
         tuple(lines),
-        f"{_SPREAD} {_listed(seeds)}; the difference to "
-        "the plain recipe, in points, is over the seeds that both have.",
+        f"{_SPREAD} {_listed(seeds)}; the gain over the plain recipe, "
+        f"in points, is of the seeds that both have.{_FLATTERS[when]}",
+    )
+
+
+def distance_table(
+    distances: Sequence[tuple[Cell, Sequence[ProxyDistances]]], seeds: Sequence[int]
+) -> TextTable:
+    """How near proxies are to the samples of their class, in three units.
+
+    Args:
+        distances: cells of losses with proxies, of one data set and network, each with the
+            distances of its runs.
+        seeds: that could be there.
+    """
+    dataset, network, split, _ = _same([cell for cell, _ in distances], noise=False)
+    names = [
+        (cell.title, f"{100 * cell.label_noise:g} %", count(cell, seeds)) for cell, _ in distances
+    ]
+    spreads = [
+        [
+            Spread.of([run.w2.mean() / unit for run, unit in zip(found, units, strict=True)])
+            for units in (
+                [1.0] * len(found), [run.spread for run in found], [run.apart for run in found],
+            )
+        ]
+        for _, found in distances
+    ]  # fmt: skip
+    lines = [
+        Line((*name, *(spread.text(scale=1, digits=3) for spread in row)))
+        for name, row in zip(names, spreads, strict=True)
+    ]
+    return TextTable(
+        f"{title_of(dataset)}, {network}, {split} runs: W2 from the proxies of a training class "
+        "to its samples",
+        ("loss", "noise", "seeds", "W2", "÷ spread", "÷ apart"),
+        tuple(lines),
+        f"Exact 2-Wasserstein distance on the unit sphere, the mean over classes; mean ± sample "
+        f"standard deviation over seeds {_listed(seeds)}. Spread: W2 from the samples of a class "
+        "to their mean, below which one proxy cannot come, but several can. Apart: the root mean "
+        "square distance between two class means. Less is nearer; losses compare in the last two "
+        "columns, since each spreads its embeddings differently.",
     )
 
 

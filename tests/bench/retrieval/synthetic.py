@@ -41,7 +41,7 @@ def row(
         "batch_size": 32, "options": options, "best_epoch": 2 + seed, "skipped_images": 0,
     }  # fmt: skip
     found |= {f"final_{metric}": value for metric, value in shares.items()}
-    found |= {f"best_{metric}": min(1, value + 0.02) for metric, value in shares.items()}
+    found |= {f"best_{metric}": min(1, value + 0.0213) for metric, value in shares.items()}
     found |= {"train_images": 30, "train_classes": 6, "test_images": 30, "test_classes": 6}
     found |= {"seconds": 3.0 + seed, "train_seconds": 2.0, "time": "2026-01-02T03:04:05+00:00"}
     found |= {"commit": "abc", "torch": "2.13.0", "cpu": "A Processor", "device": "cpu"}
