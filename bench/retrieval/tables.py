@@ -26,7 +26,7 @@ from bench.retrieval.wasserstein import ProxyDistances
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
 )
-NOTHING = "—"
+NOTHING, _PUBLISHED = "—", "published"
 _SPREAD = "Percent, mean ± sample standard deviation over seeds"
 _SOURCE = f" Published: {SOURCE}."
 _WHEN = {"final": "after the last epoch", "best": "at the best epoch"}
@@ -100,18 +100,17 @@ def main_table(cells: Sequence[Cell], when: str = "final") -> TextTable:
     metrics = [*(f"{when}_r{k}" for k in ks), f"{when}_map_at_r"]
     spreads = [[cell.value(metric) for metric in metrics] for cell in cells]
     seeds = all_seeds(cells)
-    lines = _with_best([(cell.title, "measured", count(cell, seeds)) for cell in cells], spreads)
+    lines = _with_best([(cell.title, count(cell, seeds)) for cell in cells], spreads)
     for figure in published(dataset, noise):
         recalls = (f"{100 * figure.recall[k]:.1f}" if k in figure.recall else NOTHING for k in ks)
-        texts = (f"{figure.method} ({figure.network})", "published", NOTHING, *recalls, NOTHING)
+        texts = (f"{figure.method} ({figure.network})", _PUBLISHED, *recalls, NOTHING)
         lines.append(Line(texts, published=True))
     return TextTable(
         f"{title_of(dataset)}, {network}, {split} classes{_noise_words(noise)}: {_WHEN[when]}",
-        ("loss", "source", "seeds", *(f"R@{k}" for k in ks), "MAP@R"),
+        ("loss", "seeds", *(f"R@{k}" for k in ks), "MAP@R"),
         tuple(lines),
         f"{_SPREAD} {_listed(seeds)}. Bold: the best measured mean.{_FLATTERS[when]}"
         f"{_SOURCE if published(dataset, noise) else ''}",
-        labels=2,
     )
 
 
@@ -131,7 +130,7 @@ def noise_table(cells: Sequence[Cell], when: str = "final") -> TextTable:
     names, spreads = [], []
     for title, found in by_loss.items():
         counts = [count(found.get(level), seeds) for level in (0.0, *levels)]
-        names.append((title, "measured", " / ".join(dict.fromkeys(counts))))
+        names.append((title, " / ".join(dict.fromkeys(counts))))
         values = [found[0.0].value(f"{when}_r1") if 0.0 in found else None]
         for level in levels:
             values.append(found[level].value(f"{when}_r1") if level in found else None)
@@ -146,11 +145,10 @@ def noise_table(cells: Sequence[Cell], when: str = "final") -> TextTable:
     return TextTable(
         f"{title_of(dataset)}, {network}, {split} classes: R@1 with wrong training labels, "
         f"{_WHEN[when]}",
-        ("loss", "source", "seeds", "clean", *pairs),
+        ("loss", "seeds", "clean", *pairs),
         tuple(lines),
         f"{_SPREAD} {_listed(seeds)}; the drop, in points, is of the seeds that ran with and "
         f"without noise. Bold: the best measured mean.{_FLATTERS[when]}{_SOURCE if beside else ''}",
-        labels=2,
     )
 
 
@@ -313,7 +311,7 @@ def _published_drops(dataset: str) -> list[Line]:
             else tuple(f"{100 * value:.1f}" for value in (before, after, before - after))
         )
         name = f"{figure.method} ({figure.network})"
-        lines.append(Line((name, "published", NOTHING, *texts), published=True))
+        lines.append(Line((name, _PUBLISHED, *texts), published=True))
     return lines
 
 

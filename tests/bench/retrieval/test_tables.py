@@ -44,16 +44,16 @@ def texts(table: TextTable, *, published: bool = False) -> list[tuple[str, ...]]
 @pytest.mark.parametrize("noise", [0.0, 0.2])
 def test_main_table_is_mean_and_spread_over_seeds(when: str, noise: float) -> None:
     table = main_table(plain(noise), when)
-    assert table.columns == ("loss", "source", "seeds", "R@1", "R@2", "R@4", "MAP@R")
+    assert table.columns == ("loss", "seeds", "R@1", "R@2", "R@4", "MAP@R")
     expected = []
     for loss, name in (("pfml", "PFML"), ("proxy-anchor", "Proxy Anchor"), ("triplet", "Triplet")):
-        line = [name, "measured", "3"]
+        line = [name, "3"]
         for metric in ("r1", "r2", "r4", "map_at_r"):
             values = [row(loss, noise, seed)[f"{when}_{metric}"] for seed in range(3)]
             line.append(mean_and_sd(values))
         expected.append(tuple(line))
     assert texts(table) == expected
-    assert [line.best for line in table.lines] == [{3, 4, 5, 6}, set(), set()]
+    assert [line.best for line in table.lines] == [{2, 3, 4, 5}, set(), set()]
     assert not texts(table, published=True)
     assert ("20 % of the training labels wrong" in table.title) == bool(noise)
 
@@ -62,7 +62,7 @@ def test_published_figures_stand_beside_those_of_their_data_set() -> None:
     table = main_table(plain(0.0, "cub"))
     assert len(texts(table)) == 3
     lines = {line[0]: line[1:] for line in texts(table, published=True)}
-    assert lines["PFML (ResNet-50, 512)"] == ("published", "—", "73.4", "82.4", "—", "—")
+    assert lines["PFML (ResNet-50, 512)"] == ("published", "73.4", "82.4", "—", "—")
     assert len(lines) == 12
     assert "Published: Bhatnagar" in table.note
     assert {line.best for line in table.lines if line.published} == {frozenset()}
@@ -72,20 +72,20 @@ def test_missing_seeds_are_told() -> None:
     results = [r for r in rows() if r["run"] not in ("dots-cnn-pfml-noise0-seed1",)]
     cells = gather([r for r in results if not r["variant"]])
     table = main_table([c for c in cells if not c.label_noise])
-    assert [line[2] for line in texts(table)] == ["2 of 3, no 1", "3", "3"]
-    assert texts(table)[0][3] == mean_and_sd([0.9, 0.88])
-    assert [line[2] for line in texts(noise_table(cells))] == ["2 of 3, no 1 / 3", "3", "3"]
+    assert [line[1] for line in texts(table)] == ["2 of 3, no 1", "3", "3"]
+    assert texts(table)[0][2] == mean_and_sd([0.9, 0.88])
+    assert [line[1] for line in texts(noise_table(cells))] == ["2 of 3, no 1 / 3", "3", "3"]
 
 
 def test_the_drop_is_seed_by_seed() -> None:
     table = noise_table(plain())
-    assert table.columns == ("loss", "source", "seeds", "clean", "20 % noise", "drop")
+    assert table.columns == ("loss", "seeds", "clean", "20 % noise", "drop")
     for line, loss in zip(texts(table), LEVEL, strict=True):
         clean, noisy = (
             [row(loss, noise, seed)["final_r1"] for seed in range(3)] for noise in (0, 0.2)
         )
         drops = [a - b for a, b in zip(clean, noisy, strict=True)]
-        assert line[3:] == (mean_and_sd(clean), mean_and_sd(noisy), mean_and_sd(drops))
+        assert line[2:] == (mean_and_sd(clean), mean_and_sd(noisy), mean_and_sd(drops))
 
 
 def test_the_least_drop_is_the_best_and_is_of_common_seeds() -> None:
@@ -95,21 +95,21 @@ def test_the_least_drop_is_the_best_and_is_of_common_seeds() -> None:
          row("triplet", 0.0, 0, final_r1=0.5), row("triplet", 0.2, 0, final_r1=0.4)]
     )  # fmt: skip
     table = noise_table(cells)
-    assert texts(table)[0] == ("PFML", "measured", "2 / 1 of 2, no 1",
+    assert texts(table)[0] == ("PFML", "2 / 1 of 2, no 1",
                                mean_and_sd([0.9, 0.5]), "60.0", "30.0")  # fmt: skip
-    assert [line.best for line in table.lines] == [{3, 4}, {5}]
+    assert [line.best for line in table.lines] == [{2, 3}, {4}]
 
 
 def test_a_loss_without_clean_runs_has_no_drop() -> None:
     table = noise_table(gather([row(), row("triplet", 0.2), row("triplet", 0.5)]))
-    assert table.columns[3:] == ("clean", "20 % noise", "drop", "50 % noise", "drop")
-    assert texts(table)[1][3:] == ("—", "60.0", "—", "45.0", "—")
-    assert texts(table)[0][3:] == ("90.0", "—", "—", "—", "—")
+    assert table.columns[2:] == ("clean", "20 % noise", "drop", "50 % noise", "drop")
+    assert texts(table)[1][2:] == ("—", "60.0", "—", "45.0", "—")
+    assert texts(table)[0][2:] == ("90.0", "—", "—", "—", "—")
 
 
 def test_published_drops_are_of_the_same_network() -> None:
     lines = {
-        line[0]: line[3:] for line in texts(noise_table(plain(dataset="cars")), published=True)
+        line[0]: line[2:] for line in texts(noise_table(plain(dataset="cars")), published=True)
     }
     assert lines["PFML (ResNet-50, 512)"] == ("92.7", "84.5", "8.2")
     assert lines["Triplet (ResNet-50, 512)"] == ("—", "67.5", "—")
