@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -15,9 +16,13 @@ from bench.retrieval.runs import Curve
 from bench.retrieval.style import DPI, FAINT, INK, loss_style, noise_title, undress
 from bench.retrieval.wasserstein import ProxyDistances
 
+_STEEP = 5  # the first fifth of training may begin below the picture, or it would be all of it
+
 
 def learning_figure(cells: Sequence[Cell], curves: Mapping[str, Curve], out: Path) -> None:
     """Draw R@1 by epoch of every loss, a panel a label noise: mean over seeds, and their range.
+
+    Beside each curve stands the mean it ends with; the steep beginning may lie below the picture.
 
     Args:
         cells: plain ones of one data set, network and split.
@@ -33,7 +38,9 @@ def learning_figure(cells: Sequence[Cell], curves: Mapping[str, Curve], out: Pat
     noises = sorted({cell.label_noise for cell in drawn})
     figure = Figure(figsize=(5.2 * max(len(noises), 1.3), 4.4), layout="constrained")
     panels = figure.subplots(1, len(noises), sharey=True, squeeze=False)[0]
-    for noise, axes in zip(noises, panels, strict=True):
+    early: list[float] = []
+    ends: list[dict[str, float]] = [{} for _ in noises]
+    for noise, axes, end in zip(noises, panels, ends, strict=True):
         for cell in drawn:
             if cell.label_noise != noise:
                 continue
@@ -45,12 +52,17 @@ def learning_figure(cells: Sequence[Cell], curves: Mapping[str, Curve], out: Pat
                 epochs, values.mean(axis=0), color=colour, ls=dash, marker=marker, ms=5,
                 markevery=max(1, len(epochs) // 8), lw=2.2 if front == 3 else 1.5, zorder=front,
             )  # fmt: skip
+            end[colour] = values[:, -1].mean()
+            early.append(values[:, len(epochs) // _STEEP].min())
             axes.fill_between(epochs, values.min(axis=0), values.max(axis=0), color=colour,
                               alpha=0.15, lw=0, zorder=1)  # fmt: skip
         axes.set_title(noise_title(noise), fontsize=10.5, loc="left", color=INK)
         axes.set_xlabel("epoch", color=INK)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         undress(axes)
+    panels[0].set_ylim(bottom=min(early))  # of all, since they share the axis
+    for axes, end in zip(panels, ends, strict=True):
+        _label_ends(axes, end)
     panels[0].set_ylabel("R@1 of the test classes, %", color=INK)
     figure.legend(handles=_handles(drawn), loc="outside lower center", ncols=4, frameon=False,
                   fontsize=9.5)  # fmt: skip
@@ -97,6 +109,17 @@ def distance_figure(distances: Sequence[tuple[Cell, Sequence[ProxyDistances]]], 
     figure.supxlabel("W2 from the proxies to the samples of their class; less is nearer",
                      fontsize=9.5, color=INK)  # fmt: skip
     figure.savefig(out, dpi=DPI)
+
+
+def _label_ends(axes: Axes, ends: Mapping[str, float]) -> None:
+    """Write what curves end with beside them, by colour, moved apart where two are too near."""
+    low, high = axes.get_ylim()
+    least, right = 0.045 * (high - low), axes.get_xlim()[1]
+    height = low
+    for colour, value in sorted(ends.items(), key=lambda end: end[1]):
+        height = max(value, height + least)
+        axes.annotate(f"{value:.1f}", (right, height), xytext=(2, 0), textcoords="offset points",
+                      va="center", fontsize=9, color=colour, annotation_clip=False)  # fmt: skip
 
 
 def _common(cell: Cell, curves: Mapping[str, Curve]) -> list[int]:

@@ -200,7 +200,8 @@ def distance_table(
     """
     dataset, network, split, _ = _same([cell for cell, _ in distances], noise=False)
     names = [
-        (cell.title, f"{100 * cell.label_noise:g} %", count(cell, seeds)) for cell, _ in distances
+        (cell.title, str(found[0].per_class), f"{100 * cell.label_noise:g} %", count(cell, seeds))
+        for cell, found in distances
     ]
     spreads = [
         [
@@ -218,11 +219,11 @@ def distance_table(
     return TextTable(
         f"{title_of(dataset)}, {network}, {split} runs: W2 from the proxies of a training class "
         "to its samples",
-        ("loss", "noise", "seeds", "W2", "÷ spread", "÷ apart"),
+        ("loss", "M", "noise", "seeds", "W2", "÷ spread", "÷ apart"),
         tuple(lines),
         f"Exact 2-Wasserstein distance on the unit sphere, the mean over classes; mean ± sample "
-        f"standard deviation over seeds {_listed(seeds)}. Spread: W2 from the samples of a class "
-        "to their mean, below which one proxy cannot come, but several can. Apart: the root mean "
+        f"standard deviation over seeds {_listed(seeds)}. M: proxies a class. Spread: W2 "
+        "from the samples of a class to their mean, below which one proxy cannot come, but several can. Apart: the root mean "
         "square distance between two class means. Less is nearer; losses compare in the last two "
         "columns, since each spreads its embeddings differently.",
     )

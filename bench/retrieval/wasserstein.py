@@ -19,6 +19,7 @@ class ProxyDistances(NamedTuple):
 
     Attributes:
         w2: [C] float64, the 2-Wasserstein distance of each class, both sides with uniform weights.
+        per_class: M, the proxies of a class.
         spread: the mean over classes of the W2 distance from the samples to their mean point. One
             proxy cannot come nearer than that to the samples of its class; several can.
         apart: the root mean square distance between the mean points of two classes.
@@ -28,6 +29,7 @@ class ProxyDistances(NamedTuple):
     """
 
     w2: NDArray[np.float64]
+    per_class: int
     spread: float
     apart: float
 
@@ -97,7 +99,7 @@ def proxy_distances(
     # Over pairs of two classes: mean |a - b|^2 = 2 C / (C - 1) mean |a - mean|^2.
     variance = ((means - means.mean(axis=0)) ** 2).sum(axis=1).mean()
     apart = math.sqrt(2 * classes / (classes - 1) * variance)
-    return ProxyDistances(w2, float(spreads.mean()), apart)
+    return ProxyDistances(w2, per_class, float(spreads.mean()), apart)
 
 
 def normalised(points: Floats) -> NDArray[np.float64]:

@@ -37,6 +37,8 @@ def test_curves_are_means_over_seeds_of_common_epochs(tmp_path: Path, drawn: lis
         [e, pytest.approx(89.0 * e / 4)] for e in (1, 2, 4)
     ]
     assert (len(clean.lines), len(noisy.lines)) == (3, 2)
+    ends = [text.get_text() for text in clean.texts]
+    assert ends == ["69.0", "79.0", "89.0"]
     assert [t.get_text() for t in drawn[0].legends[0].get_texts()] == [
         "PFML", "Proxy Anchor", "Triplet",
     ]  # fmt: skip
@@ -48,7 +50,10 @@ def test_no_curve_is_an_error(tmp_path: Path) -> None:
 
 
 def test_boxes_are_in_each_runs_own_units(tmp_path: Path, drawn: list[Figure]) -> None:
-    runs = [ProxyDistances(np.full(9, 0.2), 0.4, 2.0), ProxyDistances(np.full(9, 0.4), 0.8, 4.0)]
+    runs = [
+        ProxyDistances(np.full(9, 0.2), 2, 0.4, 2.0),
+        ProxyDistances(np.full(9, 0.4), 2, 0.8, 4.0),
+    ]
     distance_figure([(PLAIN[0], runs), (PLAIN[3], runs[:1])], tmp_path / "x.png")
     panels = drawn[0].axes
     # The median is the fifth line of a box: two whiskers and two caps come before.

@@ -142,11 +142,14 @@ def test_one_table_is_of_one_data_set() -> None:
 
 def test_distances_are_compared_in_each_runs_own_units() -> None:
     cell, *_ = plain(0.0)
-    runs = [ProxyDistances(np.array([0.1, 0.3]), 0.4, 2.0), ProxyDistances(np.array([0.4]), 1.6, 1)]
+    runs = [
+        ProxyDistances(np.array([0.1, 0.3]), 2, 0.4, 2.0),
+        ProxyDistances(np.array([0.4]), 2, 1.6, 1),
+    ]
     (line,) = texts(distance_table([(cell, runs)], (0, 1, 2, 3)))
-    assert line[:3] == ("PFML", "0 %", "3 of 4, no 3")
+    assert line[:4] == ("PFML", "2", "0 %", "3 of 4, no 3")
     w2, spread, apart = ([0.2, 0.4], [0.5, 0.25], [0.1, 0.4])
-    for text, values in zip(line[3:], (w2, spread, apart), strict=True):
+    for text, values in zip(line[4:], (w2, spread, apart), strict=True):
         mean = sum(values) / 2
         sd = abs(values[0] - values[1]) / math.sqrt(2)
         assert text == f"{mean:.3f} ± {sd:.3f}"

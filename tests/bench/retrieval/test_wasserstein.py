@@ -87,6 +87,7 @@ def test_every_class_by_nested_loops() -> None:
                if i != j]  # fmt: skip
     assert found.apart == pytest.approx(math.sqrt(sum(squares) / 12))
     assert len(calls) == 4
+    assert found.per_class == 2
 
 
 def test_one_proxy_is_never_nearer_than_the_mean_and_several_may_be() -> None:
