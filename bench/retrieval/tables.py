@@ -221,11 +221,11 @@ def distance_table(
         "to its samples",
         ("loss", "M", "noise", "seeds", "W2", "÷ spread", "÷ apart"),
         tuple(lines),
-        f"Exact 2-Wasserstein distance on the unit sphere, the mean over classes; mean ± sample "
-        f"standard deviation over seeds {_listed(seeds)}. M: proxies a class. Spread: W2 "
-        "from the samples of a class to their mean, below which one proxy cannot come, but several can. Apart: the root mean "
-        "square distance between two class means. Less is nearer; losses compare in the last two "
-        "columns, since each spreads its embeddings differently.",
+        "Exact 2-Wasserstein distance on the unit sphere, the mean over classes; mean ± sample "
+        f"standard deviation over seeds {_listed(seeds)}. M: proxies a class. Spread: W2 from the "
+        "samples of a class to their mean, below which one proxy cannot come, but several can. "
+        "Apart: the root mean square distance between two class means. Less is nearer; losses "
+        "compare in the last two columns, since each spreads its embeddings differently.",
     )
 
 

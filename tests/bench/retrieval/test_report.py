@@ -172,6 +172,22 @@ def test_a_full_disk_leaves_the_older_report(
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
+def test_the_page_comes_after_its_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[str] = []
+    replace = report.os.replace
+
+    def watched(source: Path, target: Path) -> None:
+        assert source.parent.parent == target.parent  # one file system: the move is atomic
+        moved.append(target.name)
+        replace(source, target)
+
+    monkeypatch.setattr(report.os, "replace", watched)
+    runs = write(tmp_path / "runs", [row("triplet")])
+    write_report(runs, tmp_path / "out", console=quiet())
+    assert moved[-1] == "report.html"
+    assert {*moved[:-1]} == {p.name for p in (tmp_path / "out").glob("*.png")}
+
+
 def test_images_that_no_run_is_of(tmp_path: Path) -> None:
     write(tmp_path / "runs", [row()])
     with pytest.raises(ValueError, match="are of dots, not squares"):

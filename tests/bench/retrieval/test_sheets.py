@@ -41,6 +41,13 @@ def test_queries_are_found_beyond_the_first_chunk(monkeypatch: pytest.MonkeyPatc
     assert sum(map(len, whole)) == 30
 
 
+def test_no_query_finds_itself_where_all_others_are_opposite() -> None:
+    simplex = np.eye(6) - 1 / 6  # every two at an obtuse angle
+    for queries in sheets.choose_queries(simplex, np.array([0, 0, 1, 1, 2, 2]), wanted=6):
+        for query in queries:
+            assert sorted([query.image, *query.neighbours]) == [*range(6)]
+
+
 def test_a_perfect_embedding_has_no_failures(tmp_path: Path) -> None:
     data = dots().test
     embeddings = np.eye(6)[data.labels]
