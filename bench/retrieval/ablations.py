@@ -11,7 +11,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from bench.retrieval.cells import PLAIN, Cell, Spread
+from bench.retrieval.cells import PLAIN, Cell, Spread, options_of
 from bench.retrieval.published import ABLATIONS, FLAT_DELTA, SHORT_TITLES
 from bench.retrieval.style import DPI, FAINT, INK, undress
 from bench.retrieval.tables import title_of
@@ -54,7 +54,7 @@ def points_of(cells: Sequence[Cell], field: str, when: str = "final") -> dict[fl
         name, _, rest = cell.variant.partition("=")
         alone = name == field and "," not in rest
         if cell.loss == "pfml" and (cell.variant == PLAIN or alone):
-            x = PANELS[field][1](cell.rows[0]["options"])
+            x = PANELS[field][1](options_of(cell.rows[0]))
             found.setdefault(cell.label_noise, []).append((x, cell.value(f"{when}_r1")))
             varied |= {cell.label_noise} if alone else set()
     return {noise: sorted(found[noise]) for noise in sorted(varied)}

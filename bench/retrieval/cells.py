@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple, Self
 
+from bench.retrieval.losses import REGISTRY
+
 Row = dict[str, Any]
 
 # What the plots and tables call a loss, in their order.
@@ -25,7 +27,7 @@ LOSSES = {
 PLAIN = ""  # the variant that is the recipe as it stands
 
 # Fields in which the runs of a cell may differ: what was measured, and where and when.
-_MEASURED = re.compile(r"(final|best|first|last|untrained|pixels)_.+|(.+_)?seconds")
+_MEASURED = re.compile(r"(final|best|untrained)_.+|active_share(_.+)?|(.+_)?seconds")
 PROVENANCE = (
     "time", "commit", "python", "torch", "triton", "pfml_triton", "pytorch_metric_learning",
     "pykeops", "cpu", "driver", "device", "threads",
@@ -126,6 +128,11 @@ def gather(rows: Iterable[Row]) -> list[Cell]:
                 )
         cells.append(Cell(**dict(zip(KEY, key, strict=True)), rows=tuple(members)))
     return sorted(cells, key=_order)
+
+
+def options_of(row: Row) -> dict[str, Any]:
+    """All options that the loss of a row ran with: its published ones, and those in their place."""
+    return {**REGISTRY[row["loss"]].options, **row["options"]}
 
 
 def recall_ks(cells: Iterable[Cell]) -> list[int]:

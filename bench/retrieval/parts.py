@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -13,8 +13,9 @@ from PIL import Image
 from rich.progress import Progress
 
 from bench.figures import embedding_field_figure
+from bench.recipes import PRESETS
 from bench.retrieval.ablations import PANELS, ablation_figure, points_of
-from bench.retrieval.cells import PLAIN, Cell, Row
+from bench.retrieval.cells import PLAIN, Cell, Row, options_of
 from bench.retrieval.curves import distance_figure, learning_figure
 from bench.retrieval.images import DataSet
 from bench.retrieval.maps import map_classes, map_figure
@@ -94,11 +95,16 @@ class Work:
         """The recipes as they stand, on the test classes."""
         return [c for c in self.cells if c.split == "test" and c.variant == PLAIN]
 
-    def command(self, rest: str = "") -> str:
-        """That of a benchmark of this data set and network."""
+    def command(self, rest: str) -> str:
+        """That of a benchmark of this data set and network; "" where no preset has them."""
         first = self.cells[0]
-        start = f"python -m bench retrieval --dataset {first.dataset} --network {first.network}"
-        return f"{start} {rest}".rstrip()
+        names = (first.dataset, f"{first.dataset}-{first.network}")
+        name = next((name for name in names if name in PRESETS), None)
+        if name is None:
+            return ""
+        data = "" if name == "glyphs" else " --data FOLDER"
+        out = "" if self.runs == Path("runs/retrieval") else f" --out {self.runs}"
+        return f"python -m bench retrieval --preset {name}{data} {rest}{out}"
 
     def draw(self, name: str, figure: Callable[[Path], None], alt: str, caption: str) -> Picture:
         """Let a function draw a picture into the folder."""
@@ -130,7 +136,7 @@ def _results(work: Work) -> Part:
         "Every image of the test classes, which training never saw, queries all the others: the "
         "share that finds its class among the K nearest, and the mean average precision at R."
     )
-    command = work.command("--loss all --seeds 0 1 2")
+    command = work.command("--losses all --seeds 0 1 2")
     cells = [cell for cell in work.plain if not cell.label_noise]
     if not cells:
         return Part(title, text, command=command, missing="No run with right labels has finished.")
@@ -141,7 +147,7 @@ def _results(work: Work) -> Part:
 def _noise(work: Work) -> Part:
     title = "Wrong labels"
     text = "The same with a share of the training labels replaced at random. Test labels are right."
-    command = work.command("--loss all --seeds 0 1 2 --label-noise 0.2")
+    command = work.command("--losses all --seeds 0 1 2 --label-noise 0.2")
     if not any(cell.label_noise for cell in work.plain):
         missing = "No run with label noise has finished."
         return Part(title, text, command=command, missing=missing)
@@ -152,7 +158,7 @@ def _noise(work: Work) -> Part:
 def _learning(work: Work) -> Part:
     title = "How R@1 rises"
     text = "R@1 of the test classes by epoch, the mean over seeds. The bands span all seeds."
-    command = work.command("--loss all --seeds 0 1 2")
+    command = work.command("--losses all --seeds 0 1 2")
     cells = [c for c in work.plain if any(row["run"] in work.curves for row in c.rows)]
     if not cells:
         return Part(title, text, command=command, missing=f"{LOG} holds no evaluation of a run.")
@@ -171,7 +177,7 @@ def _ablations(work: Work) -> Part:
         "proxies, the decay, the radius, and the radius of repulsion beyond that of attraction. "
         f"The lower panels are published, of other data sets, {READ_OFF}."
     )
-    command = work.command("--loss pfml --seeds 0 1 2 --set alpha=1")
+    command = work.command("--losses pfml --seeds 0 1 2 --set alpha=0,1,2,6")
     pictures, shown = [], []
     for split, cells in _by(work.cells, lambda cell: cell.split).items():
         if any(points_of(cells, name) for name in PANELS):
@@ -193,7 +199,7 @@ def _ablations(work: Work) -> Part:
 def _study(work: Work) -> Part:
     title = "Study of the recipe"
     text = "Each line overrides settings of the recipe by those that it names."
-    command = work.command("--loss pfml --seeds 0 1 2 --set min_distance=0.05")
+    command = work.command("--losses pfml --seeds 0 1 2 --set min_distance=0.001,0.1")
     groups = _by(work.cells, lambda cell: (cell.split, cell.loss))
     varied = [cells for cells in groups.values() if any(c.variant != PLAIN for c in cells)]
     if not varied:
@@ -209,7 +215,7 @@ def _distances(work: Work) -> Part:
         "How well do proxies represent their class? The 2-Wasserstein distance from the proxies of "
         "a class to its training samples, by their true labels (the paper's advantage 4)."
     )
-    command = work.command("--loss pfml proxynca proxy-anchor --seeds 0 1 2")
+    command = work.command("--losses pfml proxynca proxy-anchor --seeds 0 1 2")
     found: list[tuple[Cell, list[ProxyDistances]]] = []
     for cell in work.plain:
         arrays = {row["run"]: read_arrays(work.runs, row["run"]) for row in cell.rows}
@@ -248,16 +254,15 @@ def _fields(work: Work) -> Part:
         "What members of a class feel: drawn into the wells, pushed off the hills. Two "
         "neighbouring classes of the trained embedding, on a section of the sphere."
     )
-    command = work.command("--loss pfml")
+    command = work.command("--losses pfml")
     shown = _shown(work, pfml=True)
     if shown is None:
         missing = f"No run of PFML has left {ARRAYS}."
         return Part(title, text, command=command, missing=missing)
     row, arrays = shown
-    options = row["options"]
-    potential = Potential(
-        **{name: options[name] for name in ("alpha", "delta", "delta_rep", "min_distance")}
-    )
+    known = {field.name for field in fields(Potential)}
+    options = options_of(row)
+    potential = Potential(**{name: options[name] for name in options if name in known})
     names = _names(work, len(arrays.proxies))
     picture = work.draw(
             "learned-fields",
@@ -278,7 +283,7 @@ def _map(work: Work) -> Part:
         "Embeddings of classes never seen in training, where t-SNE puts them in the plane. Only "
         "who is near whom means something; distances between groups do not."
     )
-    command = work.command("--loss pfml")
+    command = work.command("--losses pfml")
     shown = _shown(work)
     if shown is None:
         return Part(title, text, command=command, missing=f"No run has left {ARRAYS}.")
@@ -306,7 +311,7 @@ def _sheet(work: Work) -> Part:
             f"No run has left {ARRAYS}." if shown is None
             else "The images were not given: python -m bench report --data FOLDER."
         )  # fmt: skip
-        command = work.command("--loss pfml") if shown is None else ""
+        command = work.command("--losses pfml") if shown is None else ""
         return Part(title, text, command=command, missing=missing)
     row, arrays = shown
     images = work.data.test
@@ -316,7 +321,7 @@ def _sheet(work: Work) -> Part:
         "As many of both kinds, whatever their share: of all queries, "
         f"{100 * row['final_r1']:.1f} % have a nearest image that is right.",
     )  # fmt: skip
-    command = work.command("--loss pfml")
+    command = work.command("--losses pfml")
     return Part(title, text, pictures=[picture], source=_of_run(row), command=command)
 
 

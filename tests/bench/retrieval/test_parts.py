@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from rich.progress import Progress
 
+from bench.__main__ import build_parser
 from bench.retrieval.cells import gather
 from bench.retrieval.parts import Part, Work, parts_of
 from bench.retrieval.runs import read_curves, read_results
@@ -41,10 +42,36 @@ def test_parts_say_which_rows_they_show(made: Made) -> None:
         "Retrieval sheet": "embeddings.npz of run dots-cnn-pfml-noise0-seed0.",
     }
     assert not any(part.missing for part in made.values())
-    assert all(part.command for part in made.values())
     assert (
         "90.0 % have a nearest image that is right" in made["Retrieval sheet"].pictures[0].caption
     )
+
+
+@pytest.mark.parametrize(
+    ("dataset", "network", "command"),
+    [
+        ("glyphs", "cnn", "--preset glyphs --losses pfml"),
+        ("cub", "resnet50", "--preset cub-resnet50 --data FOLDER --losses pfml"),
+        ("cub", "cnn", None),
+        ("dots", "cnn", None),
+    ],
+)
+def test_commands_are_of_presets(dataset: str, network: str, command: str | None) -> None:
+    cells = gather([row(dataset=dataset, network=network)])
+    with Progress(disable=True) as progress:
+        for runs, end in ((Path("runs/retrieval"), ""), (Path("x"), " --out x")):
+            made = Work(runs, Path(), "x", cells, {}, None, progress).command("--losses pfml")
+            assert made == (f"python -m bench retrieval {command}{end}" if command else "")
+            if made:
+                build_parser().parse_args(made.split()[3:])
+
+
+def test_every_command_is_one_that_the_benchmark_takes(tmp_path: Path) -> None:
+    runs = write(tmp_path / "runs", [row("triplet", dataset="glyphs", split="validation")])
+    commands = {part.command for part in parts(runs, images=False).values()}
+    assert len(commands) > 4
+    for command in commands - {""}:
+        build_parser().parse_args(command.split()[3:])
 
 
 def test_runs_without_arrays_are_told_and_not_measured(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_the_page_holds_every_part(whole: tuple[Path, str]) -> None:
     assert "89.0 ± 1.0" in printed
     assert "This makes it" not in page.text  # nothing is missing
     assert "28 finished runs in results.jsonl, measured on A Processor" in page.text
-    assert "python -m bench retrieval --dataset dots --network cnn" in page.text
+    assert "shown by" not in page.text  # no preset is of these
     anchors = {link["href"] for link in page.links if link["href"].startswith("#")}
     assert anchors == {"#dots-cnn", "#paper"}
     assert "Published, other data sets" in page.text
@@ -81,12 +81,13 @@ def test_no_address_leads_out_of_the_folder(whole: tuple[Path, str]) -> None:
 
 
 def test_missing_parts_say_which_command_makes_them(tmp_path: Path) -> None:
-    write(tmp_path / "runs", [row("triplet", seed=seed) for seed in range(2)])
+    results = [row("triplet", seed=seed, dataset="glyphs") for seed in range(2)]
+    write(tmp_path / "runs", results)
     (tmp_path / "runs" / "log.jsonl").unlink()
     page = Page(write_report(tmp_path / "runs", tmp_path / "out", console=quiet()))
     for words in (
-        "No run with label noise has finished. This makes it: python -m bench retrieval --dataset "
-        "dots --network cnn --loss all --seeds 0 1 2 --label-noise 0.2",
+        "No run with label noise has finished. This makes it: python -m bench retrieval --preset "
+        f"glyphs --losses all --seeds 0 1 2 --label-noise 0.2 --out {tmp_path / 'runs'}",
         "log.jsonl holds no evaluation of a run",
         "No run overrides one of these alone", "No run overrides a setting",
         "No run of a loss with proxies has left embeddings.npz",
@@ -96,7 +97,7 @@ def test_missing_parts_say_which_command_makes_them(tmp_path: Path) -> None:
         assert words in " ".join(page.text.split())
     assert {image["src"] for image in page.images} == {
         "toy-fields.png",
-        "dots-cnn-map.png",
+        "glyphs-cnn-map.png",
     }
 
 
