@@ -53,7 +53,7 @@ def learning_figure(cells: Sequence[Cell], curves: Mapping[str, Curve], out: Pat
                 markevery=max(1, len(epochs) // 8), lw=2.2 if front == 3 else 1.5, zorder=front,
             )  # fmt: skip
             end[colour] = values[:, -1].mean()
-            early.append(values[:, len(epochs) // _STEEP].min())
+            early.append(values[:, len(epochs) // _STEEP :].min())
             axes.fill_between(epochs, values.min(axis=0), values.max(axis=0), color=colour,
                               alpha=0.15, lw=0, zorder=1)  # fmt: skip
         axes.set_title(noise_title(noise), fontsize=10.5, loc="left", color=INK)
@@ -96,6 +96,7 @@ def distance_figure(distances: Sequence[tuple[Cell, Sequence[ProxyDistances]]], 
             )  # fmt: skip
         axes.set_title(title, fontsize=10, loc="left", color=INK)
         axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         undress(axes, grid="x")
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)

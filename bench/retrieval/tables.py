@@ -27,7 +27,6 @@ TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
 )
 NOTHING, _PUBLISHED = "—", "published"
-_SPREAD = "Percent, mean ± sample standard deviation over seeds"
 _SOURCE = f" Published: {SOURCE}."
 _WHEN = {"final": "after the last epoch", "best": "at the best epoch"}
 _FLATTERS = {
@@ -109,7 +108,7 @@ def main_table(cells: Sequence[Cell], when: str = "final") -> TextTable:
         f"{title_of(dataset)}, {network}, {split} classes{_noise_words(noise)}: {_WHEN[when]}",
         ("loss", "seeds", *(f"R@{k}" for k in ks), "MAP@R"),
         tuple(lines),
-        f"{_SPREAD} {_listed(seeds)}. Bold: the best measured mean.{_FLATTERS[when]}"
+        f"Percent, {_over(seeds)}. Bold: the best measured mean.{_FLATTERS[when]}"
         f"{_SOURCE if published(dataset, noise) else ''}",
     )
 
@@ -147,7 +146,7 @@ def noise_table(cells: Sequence[Cell], when: str = "final") -> TextTable:
         f"{_WHEN[when]}",
         ("loss", "seeds", "clean", *pairs),
         tuple(lines),
-        f"{_SPREAD} {_listed(seeds)}; the drop, in points, is of the seeds that ran with and "
+        f"Percent, {_over(seeds)}; the drop, in points, is of the seeds that ran with and "
         f"without noise. Bold: the best measured mean.{_FLATTERS[when]}{_SOURCE if beside else ''}",
     )
 
@@ -183,7 +182,7 @@ def study_table(cells: Sequence[Cell], when: str = "final") -> TextTable:
         f"{_WHEN[when]}",
         ("variant", "noise", "seeds", "R@1", "gain", "MAP@R"),
         tuple(lines),
-        f"{_SPREAD} {_listed(seeds)}; the gain over the plain recipe, "
+        f"Percent, {_over(seeds)}; the gain over the plain recipe, "
         f"in points, is of the seeds that both have.{_FLATTERS[when]}",
     )
 
@@ -221,9 +220,9 @@ def distance_table(
         "to its samples",
         ("loss", "M", "noise", "seeds", "W2", "÷ spread", "÷ apart"),
         tuple(lines),
-        "Exact 2-Wasserstein distance on the unit sphere, the mean over classes; mean ± sample "
-        f"standard deviation over seeds {_listed(seeds)}. M: proxies a class. Spread: W2 from the "
-        "samples of a class to their mean, below which one proxy cannot come, but several can. "
+        "Exact 2-Wasserstein distance on the unit sphere, the mean over classes; "
+        f"{_over(seeds)}. M: proxies a class. Spread: W2 from the samples of "
+        "a class to their mean, below which one proxy cannot come, but several can. "
         "Apart: the root mean square distance between two class means. Less is nearer; losses "
         "compare in the last two columns, since each spreads its embeddings differently.",
     )
@@ -345,6 +344,12 @@ def _noise_words(noise: float) -> str:
 
 def _signed(gain: Spread) -> str:
     return f"{'+' if gain.mean >= 0 else ''}{gain.text()}"
+
+
+def _over(seeds: Sequence[int]) -> str:
+    if len(seeds) == 1:
+        return f"of one seed, {seeds[0]}"
+    return f"mean ± sample standard deviation over seeds {_listed(seeds)}"
 
 
 def _listed(seeds: Sequence[int]) -> str:

@@ -44,6 +44,12 @@ def test_curves_are_means_over_seeds_of_common_epochs(tmp_path: Path, drawn: lis
     ]  # fmt: skip
 
 
+def test_a_curve_that_falls_stays_in_the_picture(tmp_path: Path, drawn: list[Figure]) -> None:
+    curves = {r["run"]: {0: 0.2, 1: 0.1} for r in rows()}
+    learning_figure(PLAIN, curves, tmp_path / "x.png")
+    assert drawn[0].axes[0].get_ylim()[0] == pytest.approx(10)
+
+
 def test_no_curve_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no evaluation of pfml"):
         learning_figure(PLAIN, {}, tmp_path / "x.png")

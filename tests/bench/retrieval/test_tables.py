@@ -68,6 +68,12 @@ def test_published_figures_stand_beside_those_of_their_data_set() -> None:
     assert {line.best for line in table.lines if line.published} == {frozenset()}
 
 
+def test_one_seed_has_no_spread() -> None:
+    table = main_table(gather([row(seed=4)]))
+    assert table.lines[0].texts[2] == "86.0"
+    assert table.note.startswith("Percent, of one seed, 4.")
+
+
 def test_missing_seeds_are_told() -> None:
     results = [r for r in rows() if r["run"] not in ("dots-cnn-pfml-noise0-seed1",)]
     cells = gather([r for r in results if not r["variant"]])
