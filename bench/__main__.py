@@ -45,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
     _add_retrieval(commands)
+    _add_report(commands)
     _add_speed(commands)
     _add_plot(commands)
     _add_host(commands)
@@ -143,6 +144,36 @@ def _retrieval(parsed: argparse.Namespace) -> None:
     if "all" in values["losses"]:
         values["losses"] = LOSSES
     run(RetrievalSettings(**values | {"variations": dict(parsed.variations)}), parsed.out)
+
+
+def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "report",
+        help="tables and pictures of what bench retrieval has found, on one page",
+        description="Draw what the runs of bench retrieval have left: tables of R@K and MAP@R over "
+        "seeds, with label noise, ablations beside the published points, distances of proxies to "
+        "samples, class fields, a map of test classes and a retrieval sheet. Gathered in "
+        "report.html.",
+        formatter_class=_Help,
+    )
+    add = parser.add_argument
+    add("--runs", type=Path, metavar="FOLDER", default=Path("runs/retrieval"), help="to read")
+    add("--data", type=Path, metavar="FOLDER",
+        help="the data set of the runs, for its images; glyphs need none")  # fmt: skip
+    add("--out", type=Path, metavar="FOLDER", default=Path("runs/report"),
+        help="gets report.html and its pictures")  # fmt: skip
+    parser.set_defaults(command=_report)
+
+
+def _report(parsed: argparse.Namespace) -> None:
+    from bench.retrieval.datasets import load
+    from bench.retrieval.report import data_sets, write_report
+
+    names = data_sets(parsed.runs)
+    # Images of one data set: the glyphs, which are always there, or the one of the folder.
+    name = "glyphs" if parsed.data is None and "glyphs" in names else names[0]
+    data = load(name, parsed.data) if parsed.data or name == "glyphs" else None
+    print(f"Wrote {write_report(parsed.runs, parsed.out, data)}")
 
 
 def _add_speed(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

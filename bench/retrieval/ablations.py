@@ -11,7 +11,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from bench.retrieval.cells import PLAIN, Cell, Spread, options_of
+from bench.retrieval.cells import PLAIN, Cell, Spread
 from bench.retrieval.published import ABLATIONS, FLAT_DELTA, SHORT_TITLES
 from bench.retrieval.style import DPI, FAINT, INK, undress
 from bench.retrieval.tables import title_of
@@ -29,6 +29,7 @@ PANELS: dict[str, tuple[str, Callable[[dict[str, Any]], float]]] = {
     "delta": (r"radius, $\delta$", lambda options: options["delta"]),
     "delta_rep": (r"$\delta_{rep} - \delta_{att}$", _gap),
 }
+_TOGETHER = {"delta": {"delta", "delta_rep", "min_distance"}}  # radii may move together
 _MEASURED = (("#0b3c6f", "o", "-"), ("#D55E00", "s", (0, (5, 1.5))), ("#009E73", "^", (0, (2, 1))))
 _PUBLISHED = {"cars": ("#444444", "D", "-"), "cub": ("#9a9a9a", "v", "-")}
 
@@ -51,10 +52,10 @@ def points_of(cells: Sequence[Cell], field: str, when: str = "final") -> dict[fl
     found: dict[float, Points] = {}
     varied = set()
     for cell in cells:
-        name, _, rest = cell.variant.partition("=")
-        alone = name == field and "," not in rest
+        names = [change.partition("=")[0] for change in cell.variant.split(",")]
+        alone = names[0] == field and set(names) <= _TOGETHER.get(field, {field})
         if cell.loss == "pfml" and (cell.variant == PLAIN or alone):
-            x = PANELS[field][1](options_of(cell.rows[0]))
+            x = PANELS[field][1](cell.rows[0]["options"])
             found.setdefault(cell.label_noise, []).append((x, cell.value(f"{when}_r1")))
             varied |= {cell.label_noise} if alone else set()
     return {noise: sorted(found[noise]) for noise in sorted(varied)}

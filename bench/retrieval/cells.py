@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple, Self
 
-from bench.retrieval.losses import REGISTRY
-
 Row = dict[str, Any]
 
 # What the plots and tables call a loss, in their order.
@@ -128,11 +126,6 @@ def gather(rows: Iterable[Row]) -> list[Cell]:
                 )
         cells.append(Cell(**dict(zip(KEY, key, strict=True)), rows=tuple(members)))
     return sorted(cells, key=_order)
-
-
-def options_of(row: Row) -> dict[str, Any]:
-    """All options that the loss of a row ran with: its published ones, and those in their place."""
-    return {**REGISTRY[row["loss"]].options, **row["options"]}
 
 
 def recall_ks(cells: Iterable[Cell]) -> list[int]:

@@ -110,12 +110,17 @@ def build_loss(
         raise ValueError(f"loss must be one of {', '.join(REGISTRY)}, got {name!r}")
     recipe = REGISTRY[name]
     try:
-        return recipe.build(num_classes, embedding_size, **{**recipe.options, **(options or {})})
+        return recipe.build(num_classes, embedding_size, **options_of(name, options or {}))
     except TypeError as error:
         known = ", ".join(recipe.options)
         raise ValueError(
             f"options of {name} are {known}, got {dict(options or {})}: {error}"
         ) from error
+
+
+def options_of(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """All options that a loss is built with: the published ones, and others in their place."""
+    return {**REGISTRY[name].options, **options}
 
 
 def proxies_of(loss: nn.Module) -> Tensor | None:

@@ -15,7 +15,7 @@ from rich.progress import Progress
 from bench.figures import embedding_field_figure
 from bench.recipes import PRESETS
 from bench.retrieval.ablations import PANELS, ablation_figure, points_of
-from bench.retrieval.cells import PLAIN, Cell, Row, options_of
+from bench.retrieval.cells import PLAIN, Cell, Row
 from bench.retrieval.curves import distance_figure, learning_figure
 from bench.retrieval.images import DataSet
 from bench.retrieval.maps import map_classes, map_figure
@@ -261,7 +261,7 @@ def _fields(work: Work) -> Part:
         return Part(title, text, command=command, missing=missing)
     row, arrays = shown
     known = {field.name for field in fields(Potential)}
-    options = options_of(row)
+    options = row["options"]
     potential = Potential(**{name: options[name] for name in options if name in known})
     names = _names(work, len(arrays.proxies))
     picture = work.draw(

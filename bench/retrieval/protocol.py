@@ -26,13 +26,15 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from bench.devices import resolve_device
 from bench.recipes import Recipe, preset
 from bench.results import append_row, provenance, read_rows
+from bench.retrieval.cells import PLAIN, gather
 from bench.retrieval.checkpoints import load_checkpoint, save_checkpoint, write_whole
 from bench.retrieval.datasets import load
 from bench.retrieval.images import DataSet, split_by_class, with_label_noise
-from bench.retrieval.losses import build_loss, proxy_array
+from bench.retrieval.losses import build_loss, options_of, proxy_array
 from bench.retrieval.metrics import check_gallery, retrieval
 from bench.retrieval.networks import build
 from bench.retrieval.pruning import active_shares
+from bench.retrieval.tables import TextTable, main_table, noise_table, study_table
 from bench.retrieval.training import Training, check_training, embed, place_proxies
 from bench.settings import RetrievalSettings
 from pfml_triton import PFMLLoss
@@ -130,9 +132,23 @@ def run(settings: RetrievalSettings, out: Path, console: Console | None = None) 
         base=settings.preset, changes=changes, device=settings.device,
         restart=settings.restart, console=console,
     )  # fmt: skip
-    for row in rows:
-        console.print(f"{row['run']}: R@1 {100 * row['final_r1']:.1f}", highlight=False)
+    for table in tables_of(rows):
+        console.print(table.rich())
+    untrained = sum(row["untrained_r1"] for row in rows) / len(rows)
+    console.print(f"Before training R@1 is {100 * untrained:.1f} %.", highlight=False)
     return rows
+
+
+def tables_of(rows: Sequence[Row]) -> list[TextTable]:
+    """What the rows of one data set, network and split show."""
+    cells = gather(rows)
+    plain = [cell for cell in cells if cell.variant == PLAIN]
+    noises = sorted({cell.label_noise for cell in plain})
+    tables = [main_table([c for c in plain if c.label_noise == noise]) for noise in noises]
+    if any(noises):
+        tables.append(noise_table(plain))
+    varied = dict.fromkeys(cell.loss for cell in cells if cell.variant != PLAIN)
+    return tables + [study_table([c for c in cells if c.loss == loss]) for loss in varied]
 
 
 def plan(
@@ -272,7 +288,7 @@ def _result(training: Training, data: DataSet, seconds: float) -> Row:
     untrained, *trained = training.history
     best = max(trained, key=lambda found: found[f"r{recipe.recall_at[0]}"])
     row: Row = {"bench": "retrieval", "run": recipe.run_id}
-    row |= asdict(recipe) | {"options": dict(recipe.options)}
+    row |= asdict(recipe) | {"options": options_of(recipe.loss, recipe.options)}
     for prefix, found in (("untrained", untrained), ("final", trained[-1]), ("best", best)):
         row |= {f"{prefix}_{name}": value for name, value in found.items()}
     for name, images in (("train", data.train), ("test", data.test)):

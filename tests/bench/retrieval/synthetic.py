@@ -8,14 +8,15 @@ import numpy as np
 
 from bench.results import append_row
 from bench.retrieval.images import ArrayImages, DataSet
+from bench.retrieval.losses import options_of
 
 CLASSES, PER_CLASS, DEPTH, SIDE = 6, 5, 8, 16
 LEVEL = {"pfml": 0.9, "proxy-anchor": 0.8, "triplet": 0.7}
 PROXIES = {"pfml": 3, "proxy-anchor": 1, "triplet": 0}
-# In the place of published ones, as in rows; the others are not in them.
 OPTIONS: dict[str, dict[str, Any]] = {
-    "pfml": {"proxies_per_class": 3}, "proxy-anchor": {}, "triplet": {},
-}  # fmt: skip
+    name: options_of(name, options)
+    for name, options in (("pfml", {"proxies_per_class": 3}), ("proxy-anchor", {}), ("triplet", {}))
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "alpha=1.0": {"alpha": 1.0},
     "delta=0.3": {"delta": 0.3},

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bench.results import provenance
-from bench.retrieval.cells import PROVENANCE, Spread, gather, natural, options_of, recall_ks
+from bench.retrieval.cells import PROVENANCE, Spread, gather, natural, recall_ks
 from tests.bench.retrieval.synthetic import row, rows
 
 
@@ -83,9 +83,3 @@ def test_ks_are_those_of_every_row() -> None:
 def test_variants_sort_by_value() -> None:
     variants = ["a=10", "a=2", "", "b=x", "a=2,b=1"]
     assert sorted(variants, key=natural) == ["", "a=2", "a=2,b=1", "a=10", "b=x"]
-
-
-def test_options_are_the_published_ones_and_those_in_their_place() -> None:
-    found = options_of(row(variant="alpha=1.0"))
-    assert (found["alpha"], found["delta"], found["proxies_per_class"]) == (1.0, 0.2, 3)
-    assert options_of(row("triplet")).keys() == {"margin"}

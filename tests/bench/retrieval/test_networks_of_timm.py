@@ -2,16 +2,22 @@
 
 import shutil
 from copy import deepcopy
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
+from bench.recipes import preset
 from bench.retrieval import networks
+from bench.retrieval.datasets import load
 from bench.retrieval.networks import EmbeddingNetwork, build
+from bench.retrieval.protocol import compare
 from pfml_triton import PFMLLoss
+from tests.photographs import COUNTS, write_cub
 
 pytestmark = [
     pytest.mark.vision,
@@ -224,3 +230,31 @@ def test_weights_from_the_cache(cache: Path, files: dict[str, Path]) -> None:
     assert network.pretrained
     expected = random_network("vits16", seed=1).backbone.eval()(images)
     assert torch.equal(network.backbone(images), expected)
+
+
+@pytest.mark.parametrize("name", ["cub-resnet50", "cub-vits16"])
+def test_a_published_preset_trains_on_photographs(
+    name: str, files: dict[str, Path], tmp_path: Path
+) -> None:
+    """The recipe of the paper, on a data set in CUB's layout that was made up."""
+    write_cub(tmp_path)
+    data = load("cub", tmp_path, workers=1, counts=COUNTS, console=Console(quiet=True))
+    small = {"size": 32, "resized": 36}
+    data = data._replace(train=replace(data.train, **small), test=replace(data.test, **small))
+    network = preset(name).network
+    changes = {
+        "epochs": 2, "batch_size": 4, "images_per_class": 2, "embedding_size": 16,
+        "recall_at": (1, 2), "weights": str(files[f"{network}.pth"]),
+    }  # fmt: skip
+    (row,) = compare(
+        data, ["pfml"], tmp_path / "out", base=name, changes=changes, device="cpu",
+        console=Console(quiet=True),
+    )  # fmt: skip
+    assert (row["epochs"], row["warmup_epochs"], row["final_epoch"]) == (2, 1, 2)
+    state = torch.load(tmp_path / "out" / row["run"] / "checkpoint.pt", weights_only=True)["state"]
+    before = torch.load(files[f"{network}.pth"], weights_only=True)
+    kept = [key for key in before if f"backbone.{key}" in state["network"]]
+    moved = [k for k in kept if not torch.equal(before[k], state["network"][f"backbone.{k}"])]
+    assert len(kept) > 100
+    assert len(moved) > 40  # after the warm-up the backbone learns
+    assert not [k for k in moved if network == "resnet50" and ("bn" in k or "running" in k)]

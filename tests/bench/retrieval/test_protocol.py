@@ -16,6 +16,7 @@ from bench.retrieval.metrics import retrieval
 from bench.retrieval.protocol import compare
 from bench.retrieval.training import Training
 from bench.settings import RetrievalSettings
+from tests.bench.retrieval import synthetic
 
 QUICK: dict[str, Any] = {
     "changes": {"epochs": 2, "batch_size": 8, "embedding_size": 8, "evaluate_every": 1},
@@ -187,15 +188,27 @@ def test_results_of_other_settings_are_not_overwritten(data: DataSet, tmp_path: 
         compare(data, ["npair"], tmp_path, **QUICK | {"changes": changes})
 
 
+def test_tables_are_of_what_was_run() -> None:
+    rows = [synthetic.row(loss, noise, seed) for loss in ("pfml", "triplet") for noise in (0.0, 0.2)
+            for seed in (0, 1)]  # fmt: skip
+    rows += [synthetic.row(variant="alpha=1.0")]
+    titles = [table.title for table in protocol.tables_of(rows)]
+    assert len(titles) == 4
+    assert len(protocol.tables_of(rows[:2])) == 1
+    lines = protocol.tables_of(rows)[0].lines
+    assert [line.texts[:2] for line in lines] == [("PFML", "2"), ("Triplet", "2")]
+
+
 def test_run_takes_the_settings_of_the_command_line(
     data: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, Any] = {}
     monkeypatch.setattr(protocol, "load", lambda name, folder, **_: data)
+    row = synthetic.row("triplet")
 
     def note(*arguments: Any, **options: Any) -> list[Any]:
         seen.update(options, data=arguments[0], losses=arguments[1], out=arguments[2])
-        return []
+        return [row]
 
     monkeypatch.setattr(protocol, "compare", note)
     settings = RetrievalSettings(
