@@ -128,23 +128,23 @@ class Recipe:
         return "-".join([*parts, f"seed{self.seed}"])
 
 
-# What differs between losses on the glyphs. Rate and clipping of each are the best of the
-# validation classes, clean and at 20% label noise (bench/retrieval/STUDY.md has the search). The
-# published potential is made for a pre-trained network; this one is from the same study.
+# What differs between losses on the glyphs: the learning rate, the best of a search on the
+# validation classes, clean and at 20% label noise, that is the same for all of them; and PFML's
+# potential, from the study of its settings there. Both are in bench/retrieval/STUDY.md.
 GLYPHS: dict[str, dict[str, Any]] = {
     "pfml": {
+        "lr": 0.01,
         "options": {
             "alpha": 1.0, "delta": 0.1, "delta_rep": 0.2, "min_distance": 0.095,
             "proxies_per_class": 5,
         },
-        "clip": 1.0,
     },
-    "triplet": {},
-    "contrastive": {},
-    "npair": {},
-    "proxynca": {},
-    "proxy-anchor": {},
-    "multi-similarity": {},
+    "triplet": {"lr": 0.003},
+    "contrastive": {"lr": 0.003},
+    "npair": {"lr": 0.001},
+    "proxynca": {"lr": 0.003},
+    "proxy-anchor": {"lr": 0.003},
+    "multi-similarity": {"lr": 0.01},
 }  # fmt: skip
 
 # The paper's supplement, and where it is silent (the schedule, the sampler) the plainest choice.
