@@ -27,6 +27,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
             ["retrieval", "--help"],
             ["glyphs", "resnet50", "contrastive", "--label-noise", "{auto,cpu,cuda}", "--out"],
         ),
+        (["report", "--help"], ["--runs", "--data", "--out"]),
         (["speed", "--help"], ["--sizes", "faces-100k", "100,512", "--slow", "{auto,cpu,cuda}"]),
         (["plot", "--help"], ["growth", "--rows", "--out"]),
         (
@@ -83,6 +84,13 @@ def test_an_unknown_picture_format_is_an_error(
 ) -> None:
     assert command_line.main(["figure", "--out", str(tmp_path / "toy.nothing")]) == 2
     assert "png" in capsys.readouterr().err
+
+
+def test_a_report_needs_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "report"
+    assert command_line.main(["report", "--runs", str(tmp_path), "--out", str(out)]) == 2
+    assert "results.jsonl" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_options_become_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
