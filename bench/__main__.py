@@ -98,9 +98,9 @@ def _add_retrieval(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         help="a run with each")  # fmt: skip
     add("--label-noise", nargs="+", type=float, metavar="SHARE", default=list(default.label_noise),
         help="of the training labels, replaced at random; a run with each")  # fmt: skip
-    add("--set", nargs="+", type=_variation, metavar="NAME=VALUE[,VALUE...]", dest="variations",
-        default=[], help="change a setting of bench.recipes.Recipe or an option of the losses, a "
-        "run with each value")  # fmt: skip
+    add("--set", nargs="+", action="extend", type=_variation, dest="variations", default=[],
+        metavar="NAME=VALUE[,VALUE...]", help="change a setting of bench.recipes.Recipe or an "
+        "option of the losses, a run with each value")  # fmt: skip
     add("--split", choices=SPLITS, default=default.split,
         help="validation: hold out training classes and leave the test classes alone")  # fmt: skip
     add("--epochs", type=int, metavar="N", help="passes over the images; the preset's if not given")
@@ -143,7 +143,12 @@ def _retrieval(parsed: argparse.Namespace) -> None:
     values |= {name: tuple(values[name]) for name in ("losses", "seeds", "label_noise")}
     if "all" in values["losses"]:
         values["losses"] = LOSSES
-    run(RetrievalSettings(**values | {"variations": dict(parsed.variations)}), parsed.out)
+    variations = dict(parsed.variations)
+    if len(variations) < len(parsed.variations):
+        raise ValueError(
+            f"--set takes a name once, got {', '.join(name for name, _ in parsed.variations)}"
+        )
+    run(RetrievalSettings(**values | {"variations": variations}), parsed.out)
 
 
 def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -170,9 +175,16 @@ def _report(parsed: argparse.Namespace) -> None:
     from bench.retrieval.report import data_sets, write_report
 
     names = data_sets(parsed.runs)
-    # Images of one data set: the glyphs, which are always there, or the one of the folder.
-    name = "glyphs" if parsed.data is None and "glyphs" in names else names[0]
-    data = load(name, parsed.data) if parsed.data or name == "glyphs" else None
+    if parsed.data is not None:  # of the one data set that has a folder
+        names = [name for name in names if name != "glyphs"]
+        if len(names) != 1:
+            raise ValueError(
+                f"--data is the folder of one data set, but {parsed.runs} has runs of "
+                f"{', '.join(names) or 'glyphs alone, which need none'}"
+            )
+    drawn = parsed.data is not None or "glyphs" in names
+    name = names[0] if parsed.data is not None else "glyphs"
+    data = load(name, parsed.data) if drawn else None
     print(f"Wrote {write_report(parsed.runs, parsed.out, data)}")
 
 

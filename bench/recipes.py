@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+import re
+import zlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -50,7 +53,7 @@ class Recipe:
             images of their class, from the untrained network.
         project_proxies: scale proxies to unit length after every step.
         evaluate_every: epochs from one evaluation to the next; the last is always evaluated.
-        recall_at: the K of R@K.
+        recall_at: the K of R@K, 1 among them.
         variant: how this recipe differs from its preset, see `vary`; "" if it does not.
     """
 
@@ -84,31 +87,45 @@ class Recipe:
         for name, allowed in (
             ("split", SPLITS), ("network", NETWORKS), ("loss", LOSSES), ("optimizer", OPTIMIZERS),
             ("schedule", SCHEDULES), ("proxy_init", PROXY_INITS),
+            ("freeze_batch_norm", (False, True)), ("project_proxies", (False, True)),
         ):  # fmt: skip
             if (value := getattr(self, name)) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+                raise ValueError(f"{name} must be one of {_listed(allowed)}, got {value!r}")
         for name, least in (
             ("embedding_size", 1), ("epochs", 1), ("warmup_epochs", 0), ("batch_size", 1),
-            ("images_per_class", 1), ("evaluate_every", 1), ("lr", 0), ("proxy_lr_mult", 0),
-            ("weight_decay", 0),
+            ("images_per_class", 1), ("evaluate_every", 1), ("seed", 0),
         ):  # fmt: skip
-            if not getattr(self, name) >= least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not _is_whole(value) or not least <= value < 2**63:
+                raise ValueError(f"{name} must be a whole number from {least} on, got {value!r}")
+        for name in ("lr", "proxy_lr_mult", "weight_decay", "label_noise", "clip"):
+            value = getattr(self, name)
+            if name == "clip" and value is None:
+                continue
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or not 0 <= value < math.inf
+            ):
+                raise ValueError(f"{name} must be a finite number from 0 on, got {value!r}")
         if self.batch_size % self.images_per_class:
             raise ValueError(
                 "batch_size must be a multiple of images_per_class, "
                 f"got {self.batch_size} and {self.images_per_class}"
             )
-        if not 0 <= self.label_noise < 1:
+        if self.label_noise >= 1:
             raise ValueError(f"label_noise must be in [0, 1), got {self.label_noise}")
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"clip must be above 0, got {self.clip}")
-        if not self.recall_at or min(self.recall_at) < 1:
-            raise ValueError(f"recall_at must be numbers of at least 1, got {self.recall_at}")
+        if self.clip == 0:
+            raise ValueError("clip must be above 0, got 0")
+        ks = self.recall_at
+        if not isinstance(ks, tuple) or 1 not in ks or not all(_is_whole(k) and k > 0 for k in ks):
+            raise ValueError(f"recall_at must be whole numbers, 1 among them, got {ks!r}")
 
     def vary(self, **changes: Any) -> Self:
         """Change fields, or by any other name options of the loss, and say so in `variant`."""
         fields = {f.name for f in dataclasses.fields(self)}
+        if fixed := changes.keys() & {"variant", "options", "dataset", "loss", "seed"}:
+            raise ValueError(f"{_listed(sorted(fixed))} cannot be varied")
         options = {name: value for name, value in changes.items() if name not in fields}
         names = [self.variant] if self.variant else []
         return replace(
@@ -120,12 +137,24 @@ class Recipe:
 
     @property
     def run_id(self) -> str:
-        """A name for the run that two recipes of one preset share only if they are equal."""
+        """A name for the run, fit for a folder, by what sets it apart from others of its preset."""
         parts = [self.dataset, self.network, self.loss]
         parts += ["validation"] if self.split == "validation" else []
         parts += [f"noise{self.label_noise:g}"] if self.label_noise else []
         parts += [self.variant] if self.variant else []
-        return "-".join([*parts, f"seed{self.seed}"])
+        name = "-".join([*parts, f"seed{self.seed}"])
+        fit = re.sub(r"[^\w.,=+-]", "_", name)
+        if fit == name and len(name) <= 200 and not name.startswith("."):
+            return name
+        return f"_{fit[:180]}-{zlib.crc32(name.encode()):08x}"
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _listed(values: Iterable[Any]) -> str:
+    return ", ".join(map(str, values))
 
 
 # What differs between losses on the glyphs: the learning rate, the best of a search on the

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -16,10 +18,21 @@ import pfml_triton
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Append one flat row to a JSON-lines file, creating it and its folder where missing."""
+    """Append one flat row to a JSON-lines file, creating it and its folder where missing.
+
+    Raises:
+        OSError: it cannot be written; the file is then as it was.
+    """
+    line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    with path.open("ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            if file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from bench.recipes import Recipe
+from bench.retrieval.images import DataSet
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -34,18 +35,18 @@ def write_whole(path: Path, content: bytes) -> None:
         raise
 
 
-def save_checkpoint(path: Path, recipe: Recipe, state: Mapping[str, Any]) -> None:
-    """Write the state of a training with its recipe. OSError as `write_whole`."""
+def save_checkpoint(path: Path, recipe: Recipe, data: DataSet, state: Mapping[str, Any]) -> None:
+    """Write the state of a training with its recipe and data. OSError as `write_whole`."""
     buffer = io.BytesIO()  # where PyTorch writes by itself, a full disk is no OSError
-    torch.save({"recipe": _comparable(recipe), "state": dict(state)}, buffer)
+    torch.save({"recipe": _comparable(recipe, data), "state": dict(state)}, buffer)
     write_whole(path, buffer.getvalue())
 
 
-def load_checkpoint(path: Path, recipe: Recipe) -> dict[str, Any]:
+def load_checkpoint(path: Path, recipe: Recipe, data: DataSet) -> dict[str, Any]:
     """The state that `save_checkpoint` wrote, on the CPU.
 
     Raises:
-        ValueError: it is of another recipe, naming what differs, or no checkpoint.
+        ValueError: it is of another recipe or other data, naming what differs, or no checkpoint.
         OSError: it cannot be read.
     """
     content = path.read_bytes()
@@ -54,7 +55,7 @@ def load_checkpoint(path: Path, recipe: Recipe) -> dict[str, Any]:
         theirs, state = saved["recipe"], saved["state"]
     except Exception as error:  # whatever a damaged file makes of pickle and zip
         raise ValueError(f"{path} is not a checkpoint of this benchmark: {error}") from error
-    ours = _comparable(recipe)
+    ours = _comparable(recipe, data)
     differences = [
         f"{name} is {theirs.get(name)!r} there and {ours.get(name)!r} here"
         for name in ours | theirs
@@ -68,7 +69,9 @@ def load_checkpoint(path: Path, recipe: Recipe) -> dict[str, Any]:
     return state
 
 
-def _comparable(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as a plain dict of what torch.load allows."""
+def _comparable(recipe: Recipe, data: DataSet) -> dict[str, Any]:
+    """The recipe and what the data are, as a plain dict of what torch.load allows."""
     fields = asdict(recipe)
-    return fields | {"options": dict(recipe.options), "recall_at": list(recipe.recall_at)}
+    fields |= {"options": dict(recipe.options), "recall_at": list(recipe.recall_at)}
+    parts = {"training data": data.train, "test data": data.test}
+    return fields | {name: images.fingerprint for name, images in parts.items()}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple, Self, TypeVar
 
 import numpy as np
@@ -53,6 +55,16 @@ class Images(ABC):
     @abstractmethod
     def picture(self, index: int) -> NDArray[np.uint8]:
         """One image as a person sees it: [H, W] or [H, W, 3] uint8."""
+
+    @abstractmethod
+    def content(self) -> int:
+        """A checksum of what the images are, labels apart."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What tells this set from others of the same name."""
+        checksums = f"{zlib.crc32(self.labels.tobytes()):08x}{self.content():08x}"
+        return f"{len(self.labels)} images of {len(self.names)} classes ({checksums})"
 
     @abstractmethod
     def take(self, keep: NDArray[np.bool_]) -> Self:
@@ -104,6 +116,9 @@ class ArrayImages(Images):
         pixels = image[0].permute(1, 2, 0).mul(255).round().to(torch.uint8).numpy()
         return pixels[..., 0] if self.channels == 1 else pixels
 
+    def content(self) -> int:
+        return zlib.crc32(np.ascontiguousarray(self.images).tobytes())
+
     def take(self, keep: NDArray[np.bool_]) -> Self:
         return replace(self, labels=self.labels[keep], images=self.images[keep])
 
@@ -145,8 +160,14 @@ def arrays(
     Raises:
         TypeError, ValueError: another dtype or shape, or lengths that do not match.
     """
-    return DataSet(name, _as_images(train_images, train_labels, "train"),
-                   _as_images(test_images, test_labels, "test"))  # fmt: skip
+    train = _as_images(train_images, train_labels, "train")
+    test = _as_images(test_images, test_labels, "test")
+    if train.channels != test.channels:
+        raise ValueError(
+            "train and test images must have as many channels, "
+            f"got {train.channels} and {test.channels}"
+        )
+    return DataSet(name, train, test)
 
 
 def _as_images(images: NDArray[np.uint8], labels: NDArray[np.integer], which: str) -> ArrayImages:
@@ -164,9 +185,10 @@ def _as_images(images: NDArray[np.uint8], labels: NDArray[np.integer], which: st
             f"{which} images must be [n, H, W] or [n, H, W, 3] with H and W of at least 8, "
             f"got {list(images.shape)}"
         )
-    if labels.shape != images.shape[:1]:
+    if labels.shape != images.shape[:1] or not len(labels):
         raise ValueError(
-            f"{which} labels must be [{len(images)}] as the images, got {list(labels.shape)}"
+            f"{which} labels must be [{len(images)}] as the images, and not empty, "
+            f"got {list(labels.shape)}"
         )
     values, numbered = np.unique(labels, return_inverse=True)
     return ArrayImages(numbered.astype(np.int64), [str(value) for value in values], images)
@@ -227,7 +249,8 @@ def with_label_noise(labels: Labels, classes: int, share: float, seed: int) -> L
 
 def to_tensor(images: NDArray[np.uint8]) -> Tensor:
     """[n, H, W] or [n, H, W, 3] uint8 to [n, 1 or 3, H, W] float32 in [0, 1]."""
-    pixels = torch.from_numpy(images).float().div_(255)
+    # Whatever its strides are, and whether or not it may be written to.
+    pixels = torch.from_numpy(images.astype(np.float32, order="C")).div_(255)
     return pixels.unsqueeze(1) if images.ndim == 3 else pixels.permute(0, 3, 1, 2)
 
 

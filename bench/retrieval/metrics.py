@@ -11,6 +11,10 @@ from torch import Tensor
 from torch.nn import functional
 
 
+class Diverged(ValueError):
+    """Embeddings that are not finite."""
+
+
 class Retrieval(NamedTuple):
     """How well every point finds the others of its class, by cosine similarity.
 
@@ -45,8 +49,9 @@ def retrieval(
         chunk_size: queries at a time, 1 or more.
 
     Raises:
-        ValueError: shapes that do not match, embeddings that are not finite, a K outside its range,
-            fewer than two classes, or a class that has one point and so no right answer.
+        Diverged: embeddings that are not finite.
+        ValueError: shapes that do not match, a K outside its range, fewer than two classes, or a
+            class that has one point and so no right answer.
     """
     n = len(labels)
     if embeddings.ndim != 2 or labels.shape != embeddings.shape[:1]:
@@ -58,17 +63,22 @@ def retrieval(
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     if not embeddings.isfinite().all():
-        raise ValueError("embeddings must be finite, got NaN or infinity: did training diverge?")
+        raise Diverged("embeddings must be finite, got NaN or infinity: training diverged")
     device = embeddings.device
     classes, counts = labels.to(device).unique(return_inverse=True, return_counts=True)[1:]
     relevant = counts[classes] - 1  # R of each query
     depth = max(max(ks), int(relevant.max()))
     places = torch.arange(1, depth + 1, device=device)
-    unit = functional.normalize(embeddings, dim=1)
+    # Cosine similarity falls with the distance on the sphere. Of centred points, float32 resolves
+    # distances that it would lose beside the 1 of a cosine, where all embeddings are alike.
+    unit = functional.normalize(embeddings.double(), dim=1)
+    points = (unit - unit.mean(dim=0)).float()
+    offset = -0.5 * points.square().sum(dim=1)
+    chunk_size = min(chunk_size, max(1, 2**25 // depth))  # a class may be huge
     hits = torch.zeros(len(ks), dtype=torch.int64, device=device)
     precision_sum = torch.zeros((), dtype=torch.float64, device=device)
     for start in range(0, n, chunk_size):
-        similarity = unit[start : start + chunk_size] @ unit.T
+        similarity = torch.addmm(offset, points[start : start + chunk_size], points.T)
         rows = torch.arange(len(similarity), device=device)
         similarity[rows, start + rows] = -math.inf
         neighbours = similarity.topk(depth, dim=1).indices

@@ -179,7 +179,7 @@ def build(
     if freeze_batch_norm and (name == "cnn" or weights == RANDOM):
         raise ValueError(
             "freeze_batch_norm keeps what pre-training found, and there is none: "
-            f"got network {name!r} with {weights or 'no'} weights"
+            f"got network {name!r} with {weights or 'no'} weights; set it to False"
         )
     if name == "cnn":
         if weights not in (None, RANDOM):

@@ -13,7 +13,7 @@ from PIL import Image
 from rich.progress import Progress
 
 from bench.figures import embedding_field_figure
-from bench.recipes import PRESETS
+from bench.recipes import PRESETS, preset
 from bench.retrieval.ablations import PANELS, ablation_figure, points_of
 from bench.retrieval.cells import PLAIN, Cell, Row
 from bench.retrieval.curves import distance_figure, learning_figure
@@ -21,7 +21,7 @@ from bench.retrieval.images import DataSet
 from bench.retrieval.maps import map_classes, map_figure
 from bench.retrieval.published import READ_OFF
 from bench.retrieval.runs import ARRAYS, LOG, RESULTS, Arrays, Curve, read_arrays
-from bench.retrieval.sheets import sheet_figure
+from bench.retrieval.sheets import NEIGHBOURS, sheet_figure
 from bench.retrieval.tables import (
     TextTable,
     all_seeds,
@@ -102,6 +102,8 @@ class Work:
         name = next((name for name in names if name in PRESETS), None)
         if name is None:
             return ""
+        epochs = first.rows[0]["epochs"]
+        rest += f" --epochs {epochs}" if epochs != preset(name).epochs else ""
         data = "" if name == "glyphs" else " --data FOLDER"
         out = "" if self.runs == Path("runs/retrieval") else f" --out {self.runs}"
         return f"python -m bench retrieval --preset {name}{data} {rest}{out}"
@@ -315,6 +317,8 @@ def _sheet(work: Work) -> Part:
         return Part(title, text, command=command, missing=missing)
     row, arrays = shown
     images = work.data.test
+    if len(arrays.test) <= NEIGHBOURS:
+        return Part(title, text, missing=f"{len(arrays.test)} images are too few for a sheet.")
     picture = work.draw(
         "sheet", lambda path: sheet_figure(arrays.test, arrays.test_labels, images, path),
         "Rows of images: a query and its five nearest neighbours, framed green or red.",

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -102,6 +103,10 @@ class PhotoImages(Images):
 
     def picture(self, index: int) -> NDArray[np.uint8]:
         return centre_crop(read_rgb(self.paths[index]), self.size, self.resized)
+
+    def content(self) -> int:
+        names = "\n".join("/".join(path.parts[-2:]) for path in self.paths)
+        return zlib.crc32(f"{self.size} {self.resized}\n{names}".encode())
 
     def take(self, keep: NDArray[np.bool_]) -> Self:
         return replace(self, labels=self.labels[keep], paths=list(compress(self.paths, keep)))

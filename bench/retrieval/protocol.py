@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from itertools import product
 from pathlib import Path
 from types import FrameType
@@ -29,9 +29,9 @@ from bench.results import append_row, provenance, read_rows
 from bench.retrieval.cells import PLAIN, gather
 from bench.retrieval.checkpoints import load_checkpoint, save_checkpoint, write_whole
 from bench.retrieval.datasets import load
-from bench.retrieval.images import DataSet, split_by_class, with_label_noise
+from bench.retrieval.images import DataSet, Images, Labels, split_by_class, with_label_noise
 from bench.retrieval.losses import build_loss, options_of, proxy_array
-from bench.retrieval.metrics import check_gallery, retrieval
+from bench.retrieval.metrics import Diverged, check_gallery, retrieval
 from bench.retrieval.networks import build
 from bench.retrieval.pruning import active_shares
 from bench.retrieval.tables import TextTable, main_table, noise_table, study_table
@@ -76,7 +76,7 @@ def compare(
         console: where progress is shown; standard output if None.
 
     Returns:
-        The row of each run, in the order of losses, variations, label noise and seeds.
+        The row of each run, in the order of losses, label noise, seeds and variations.
 
     Raises:
         ValueError: settings or data that cannot be used, or that contradict what is in `out`.
@@ -86,20 +86,28 @@ def compare(
     console = console or Console()
     fixed = {"dataset": data.name} | dict(changes or {})
     recipes = plan(losses, seeds, label_noise, variations or {}, base, fixed)
-    chosen = resolve_device(device)
+    chosen, out = resolve_device(device), Path(out)
     for recipe in recipes:  # all of them, before the first begins
         split = data_of(data, recipe)
-        check_training(split.train.labels, recipe)
+        check_training(labels_of(split.train, recipe), recipe)
         check_gallery(torch.from_numpy(split.test.labels), recipe.recall_at)
         build_loss(recipe.loss, len(split.train.names), recipe.embedding_size, recipe.options)
     out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written stops it here
-    return [
-        train_and_evaluate(
-            data_of(data, recipe), recipe, out, chosen,
-            restart=restart, console=console,
+    rows, diverged = [], []
+    for recipe in recipes:
+        split = data_of(data, recipe)
+        try:
+            row = train_and_evaluate(split, recipe, out, chosen, restart=restart, console=console)
+            rows.append(row)
+        except Diverged as error:  # others of the search may not
+            console.print(f"{recipe.run_id}: {error}", highlight=False, markup=False)
+            diverged.append(recipe.run_id)
+    if diverged:
+        raise Diverged(
+            f"{len(diverged)} of {len(recipes)} runs diverged: {', '.join(diverged)}. "
+            f"The others are in {out}"
         )
-        for recipe in recipes
-    ]  # fmt: skip
+    return rows
 
 
 def run(settings: RetrievalSettings, out: Path, console: Console | None = None) -> list[Row]:
@@ -122,6 +130,7 @@ def run(settings: RetrievalSettings, out: Path, console: Console | None = None) 
         f"{data.name}: {len(data.train.labels):,} images of {len(data.train.names):,} classes to "
         f"train, {len(data.test.labels):,} of {len(data.test.names):,} others to retrieve.",
         highlight=False,
+        markup=False,
     )
     changes: dict[str, Any] = {"split": settings.split, "weights": settings.weights}
     if settings.epochs is not None:
@@ -160,20 +169,32 @@ def plan(
     changes: Mapping[str, Any],
 ) -> list[Recipe]:
     """The recipes of all runs of `compare`, in their order. ValueError for a bad one."""
-    if not losses or not seeds or not label_noise:
+    if not (len(losses) and len(seeds) and len(label_noise)):
         raise ValueError(
             f"losses, seeds and label noise must not be empty, got {losses}, {seeds}, {label_noise}"
         )
+    unknown = changes.keys() - {field.name for field in fields(Recipe)}
+    if unknown:
+        raise ValueError(
+            f"changes must be of fields of Recipe, got {', '.join(sorted(unknown))}: options of "
+            "losses are variations"
+        )
     combinations = [
-        dict(zip(variations, values, strict=True)) for values in product(*variations.values())
+        dict(zip(variations, map(_plain, values), strict=True))
+        for values in product(*variations.values())
     ]
-    return [
-        replace(preset(base, loss), **changes, seed=seed, label_noise=noise).vary(**varied)
+    recipes = [
+        replace(preset(base, loss), **changes, seed=_plain(seed), label_noise=_plain(noise))
         for loss in losses
-        for varied in combinations
         for noise in label_noise
         for seed in seeds
     ]
+    return [recipe.vary(**varied) for recipe in recipes for varied in combinations]
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy as Python's, which JSON and checkpoints can hold."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def data_of(data: DataSet, recipe: Recipe) -> DataSet:
@@ -182,6 +203,12 @@ def data_of(data: DataSet, recipe: Recipe) -> DataSet:
         return data
     train, validation = split_by_class(data.train, seed=0, train_share=1 - VALIDATION_SHARE)
     return data._replace(train=train, test=validation)
+
+
+def labels_of(images: Images, recipe: Recipe) -> Labels:
+    """The labels [n] that a recipe trains on."""
+    classes = len(images.names)
+    return with_label_noise(images.labels, classes, recipe.label_noise, recipe.seed)
 
 
 def train_and_evaluate(
@@ -198,13 +225,12 @@ def train_and_evaluate(
     checkpoint, results = folder / "checkpoint.pt", out / "results.jsonl"
     saved = None
     if checkpoint.exists() and not restart:
-        saved = load_checkpoint(checkpoint, recipe)
-        done = [row for row in _rows(results) if row["run"] == recipe.run_id]
-        if saved["epoch"] == recipe.epochs and done:
-            console.print(f"{recipe.run_id} is done already.", highlight=False)
+        saved = load_checkpoint(checkpoint, recipe, data)
+        done = [row for row in _rows(results) if _is_of(row, recipe, saved)]
+        if done:
+            console.print(f"{recipe.run_id} is done already.", highlight=False, markup=False)
             return done[-1]
 
-    started = time.perf_counter()
     torch.manual_seed(recipe.seed)
     classes, depth = len(data.train.names), recipe.embedding_size
     network = build(
@@ -213,41 +239,40 @@ def train_and_evaluate(
     ).to(device)  # fmt: skip
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a third faster
     loss = build_loss(recipe.loss, classes, depth, recipe.options).to(device)
-    if recipe.proxy_init == "samples":
-        place_proxies(loss, network, data.train, recipe.seed)
-    noisy = with_label_noise(data.train.labels, classes, recipe.label_noise, recipe.seed)
-    training = Training(recipe, network, loss, data.train.relabelled(noisy))
+    seen = data.train.relabelled(labels_of(data.train, recipe))
+    if recipe.proxy_init == "samples" and saved is None:
+        place_proxies(loss, network, seen, recipe.seed)
+    training = Training(recipe, network, loss, seen)
     if saved is not None:
         training.resume(saved)
 
+    total = recipe.epochs * training.steps_per_epoch
     log = Log(out / "log.jsonl", recipe.run_id)
     log.add("resume" if saved else "start", training, device=str(device))
     with _interruptible() as stopped:
-        with _progress(recipe, console) as (progress, task):
+        with _progress(recipe, total, console) as (progress, task):
 
             def on_step(now: Training) -> None:
                 progress.update(task, completed=now.steps_done)
                 if stopped.is_set():
-                    save_checkpoint(checkpoint, recipe, now.state())
+                    save_checkpoint(checkpoint, recipe, data, now.state())
                     log.add("interrupted", now)
                     raise KeyboardInterrupt
 
             if not training.history:
                 _evaluate(training, data, log)
             while training.epoch < recipe.epochs:
-                before = time.perf_counter()
                 progress.update(task, epoch=training.epoch + 1)
                 mean = training.run_epoch(on_step)
-                seconds = round(time.perf_counter() - before, 2)
-                log.add("epoch", training, loss=mean, seconds=seconds)
+                log.add("epoch", training, loss=mean, train_seconds=round(training.seconds, 2))
                 progress.update(task, loss=mean)
                 if training.epoch % recipe.evaluate_every == 0 or training.epoch == recipe.epochs:
                     found = _evaluate(training, data, log)
                     progress.update(task, r1=100 * found[f"r{recipe.recall_at[0]}"])
-                save_checkpoint(checkpoint, recipe, training.state())
+                save_checkpoint(checkpoint, recipe, data, training.state())
 
         kept = save_arrays(folder / "embeddings.npz", training, data)
-        row = _result(training, data, time.perf_counter() - started)
+        row = _result(training, data)
         if isinstance(loss, PFMLLoss) and loss.proxies_per_class:
             embeddings, labels = (
                 torch.from_numpy(kept[name]) for name in ("train", "train_labels")
@@ -282,7 +307,7 @@ def _evaluate(training: Training, data: DataSet, log: Log) -> dict[str, float]:
     return found
 
 
-def _result(training: Training, data: DataSet, seconds: float) -> Row:
+def _result(training: Training, data: DataSet) -> Row:
     """The row of a run that is finished: settings, counts, final and best figures."""
     recipe = training.recipe
     untrained, *trained = training.history
@@ -293,7 +318,7 @@ def _result(training: Training, data: DataSet, seconds: float) -> Row:
         row |= {f"{prefix}_{name}": value for name, value in found.items()}
     for name, images in (("train", data.train), ("test", data.test)):
         row |= {f"{name}_classes": len(images.names), f"{name}_images": len(images.labels)}
-    row |= {"skipped_images": data.skipped, "seconds": round(seconds, 2)}
+    row |= {"skipped_images": data.skipped, "train_seconds": round(training.seconds, 2)}
     return row
 
 
@@ -311,6 +336,13 @@ def save_arrays(path: Path, training: Training, data: DataSet) -> dict[str, NDAr
     np.savez(buffer, allow_pickle=False, **found)
     write_whole(path, buffer.getvalue())
     return found
+
+
+def _is_of(row: Row, recipe: Recipe, saved: dict[str, Any]) -> bool:
+    """Whether a row is of the finished run whose state was saved, not of one before a restart."""
+    if row["run"] != recipe.run_id or saved["epoch"] != recipe.epochs:
+        return False
+    return all(row.get(f"final_{name}") == value for name, value in saved["history"][-1].items())
 
 
 def _rows(path: Path) -> list[Row]:
@@ -338,16 +370,16 @@ def _interruptible() -> Iterator[threading.Event]:
 
 
 @contextmanager
-def _progress(recipe: Recipe, console: Console) -> Iterator[tuple[Progress, TaskID]]:
+def _progress(recipe: Recipe, total: int, console: Console) -> Iterator[tuple[Progress, TaskID]]:
     columns = (
         TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
         BarColumn(),
         TextColumn("R@1 {task.fields[r1]:.1f} %, loss {task.fields[loss]:.6g}"),
         TimeRemainingColumn(),
     )
-    console.print(recipe.run_id, highlight=False)
+    console.print(recipe.run_id, highlight=False, markup=False)
     with Progress(*columns, console=console) as progress:
         yield progress, progress.add_task(
-            "", total=None, epoch=1, epochs=recipe.epochs,
+            "", total=total, epoch=1, epochs=recipe.epochs,
             r1=float("nan"), loss=float("nan"),
         )  # fmt: skip

@@ -35,7 +35,7 @@ def active_shares(
     for cloud, (points, classes) in clouds.items():
         for basis, directions in bases.items():
             _, totals = total_energy(
-                points.to(device), classes.to(device), loss.potential, unit=True,
+                points.to(device), classes.to(device), loss.potential, unit=loss.normalize,
                 backend=loss.backend, basis=directions,
             )  # fmt: skip
             shares[f"{cloud}{basis}"] = Stats.of(totals).active_share.item()

@@ -53,7 +53,9 @@ def read_curves(runs: Path, metric: str = "r1") -> dict[str, Curve]:
     path = runs / LOG
     curves: dict[str, Curve] = {}
     for event in read_rows(path) if path.exists() else []:
-        if event.get("event") == "evaluation":
+        if event.get("event") == "start":
+            curves.pop(event["run"], None)  # of a run that was begun anew
+        elif event.get("event") == "evaluation":
             curves.setdefault(event["run"], {})[event["epoch"]] = event[metric]
     return curves
 

@@ -6,6 +6,7 @@ that was stopped anywhere and resumed takes the same steps as one that was not.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,6 +40,7 @@ class Training:
         epoch: epochs done.
         step: steps done in the next one.
         loss_sum: float64 scalar on the device, of the losses of those steps.
+        seconds: that the steps have taken.
         history: what was found so far, rows for whoever reads the state.
     """
 
@@ -48,6 +50,7 @@ class Training:
     images: Images
     epoch: int = 0
     step: int = 0
+    seconds: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -93,9 +96,12 @@ class Training:
         labels = torch.from_numpy(self.images.labels)
         batches = epoch_batches(self.images.labels, self.recipe, self.epoch)[self.step :]
         seeds = [self._seed(step) for step in range(self.step, self.steps_per_epoch)]
+        before = time.perf_counter()
         for batch, images in zip(batches, self.images.training(batches, seeds), strict=True):
             self._take_step(images.to(self.device), labels[batch].to(self.device))
             self.step += 1
+            before, last = time.perf_counter(), before
+            self.seconds += before - last
             if on_step is not None:
                 on_step(self)
         mean = self.loss_sum.item() / self.steps_per_epoch
@@ -109,8 +115,8 @@ class Training:
         value.backward()
         proxies = proxies_of(self.loss)
         if self.recipe.clip is not None:
-            nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip)
-            nn.utils.clip_grad_norm_(self.loss.parameters(), self.recipe.clip)
+            for part in (self.network, self.loss):
+                nn.utils.clip_grad_norm_(list(part.parameters()), self.recipe.clip)
         self.optimizer.step()
         self.schedule.step()
         if self.recipe.project_proxies and proxies is not None:
@@ -140,9 +146,10 @@ class Training:
             "epoch": self.epoch,
             "step": self.step,
             "loss_sum": self.loss_sum,
+            "seconds": self.seconds,
             "history": self.history,
             "random": torch.get_rng_state(),
-            "cuda_random": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            "device_random": torch.cuda.get_rng_state(self.device) if self._on_gpu else None,
         }
 
     def _sketch(self) -> dict[str, Any]:
@@ -163,10 +170,15 @@ class Training:
         self.schedule.load_state_dict(state["schedule"])
         self.epoch, self.step = state["epoch"], state["step"]
         self.loss_sum.copy_(state["loss_sum"])
+        self.seconds = state["seconds"]
         self.history = state["history"]
         torch.set_rng_state(state["random"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state_all(state["cuda_random"])
+        if self._on_gpu and state["device_random"] is not None:
+            torch.cuda.set_rng_state(state["device_random"], self.device)
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.device.type == "cuda"
 
 
 def _schedule(

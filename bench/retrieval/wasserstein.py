@@ -8,10 +8,13 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
+from scipy import sparse
+from scipy.optimize import linear_sum_assignment, linprog
 from scipy.spatial.distance import cdist
 
 Floats = NDArray[np.floating]
+
+_ASSIGNED = 1000  # the largest side of an assignment; beyond it a linear program is quicker
 
 
 class ProxyDistances(NamedTuple):
@@ -51,11 +54,27 @@ def wasserstein2(a: Floats, b: Floats) -> float:
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or not len(a) or not len(b):
         raise ValueError(f"expected points [m, D] and [n, D], got {a.shape} and {b.shape}")
     costs = cdist(a.astype(np.float64), b.astype(np.float64), "sqeuclidean")
+    size = math.lcm(len(a), len(b))
+    if size > _ASSIGNED:
+        return math.sqrt(_transported(costs))
     # Each point repeated until both clouds are as many, l: a plan between them that is best among
     # all is then a permutation (Birkhoff), and moves 1/l from each to one other.
-    size = math.lcm(len(a), len(b))
     costs = costs.repeat(size // len(a), axis=0).repeat(size // len(b), axis=1)
     return math.sqrt(costs[linear_sum_assignment(costs)].mean())
+
+
+def _transported(costs: NDArray[np.float64]) -> float:
+    """The least mean cost of a plan, by linear programming, in memory that grows with [m, n]."""
+    m, n = costs.shape
+    sums = sparse.vstack(
+        [sparse.kron(sparse.eye(m), np.ones((1, n))), sparse.kron(np.ones((1, m)), sparse.eye(n))],
+        format="csr",
+    )
+    masses = np.concatenate([np.full(m, n), np.full(n, m)])
+    found = linprog(costs.ravel(), A_eq=sums, b_eq=masses, method="highs")
+    if not found.success:
+        raise RuntimeError(f"no plan for costs {costs.shape}: {found.message}")
+    return max(float(found.fun), 0.0) / (m * n)
 
 
 def proxy_distances(

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,3 +63,21 @@ def test_the_driver_is_what_nvidia_says(tmp_path: Path, monkeypatch: pytest.Monk
     tool.write_text("#!/bin/sh\necho 580.65.06\necho 580.65.06\n")
     tool.chmod(0o755)
     assert results._driver() == "580.65.06"
+
+
+def test_a_full_disk_leaves_whole_rows(tmp_path: Path) -> None:
+    """The kernel writes as much of a row as fits: half a line would spoil the file for good."""
+    path = tmp_path / "rows.jsonl"
+    append_row(path, {"a": 1})
+    code = (
+        "import resource, signal, sys; from pathlib import Path\n"
+        "from bench.results import append_row\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (40, 40))\n"
+        "try: append_row(Path(sys.argv[1]), {'b': 'x' * 100})\n"
+        "except OSError: sys.exit(7)\n"
+    )
+    root = Path(__file__).parents[2]
+    assert subprocess.run([sys.executable, "-c", code, str(path)], cwd=root).returncode == 7
+    append_row(path, {"c": 2})
+    assert read_rows(path) == [{"a": 1}, {"c": 2}]

@@ -2,20 +2,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from bench.recipes import preset
 from bench.retrieval import checkpoints
 from bench.retrieval.checkpoints import load_checkpoint, save_checkpoint, write_whole
+from bench.retrieval.images import DataSet, arrays
 
+IMAGES, LABELS = np.arange(4 * 64, dtype=np.uint8).reshape(4, 8, 8), np.array([0, 0, 1, 1])
+DATA = arrays(IMAGES, LABELS, IMAGES, LABELS)
 RECIPE = preset("glyphs", "triplet").vary(margin=0.5)
 
 
 def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
     state = {"weight": torch.randn(3, 4), "epoch": 7, "history": [{"r1": 0.5}], "random": None}
-    save_checkpoint(tmp_path / "new" / "checkpoint.pt", RECIPE, state)
-    loaded = load_checkpoint(tmp_path / "new" / "checkpoint.pt", RECIPE)
+    save_checkpoint(tmp_path / "new" / "checkpoint.pt", RECIPE, DATA, state)
+    loaded = load_checkpoint(tmp_path / "new" / "checkpoint.pt", RECIPE, DATA)
     assert torch.equal(loaded.pop("weight"), state.pop("weight"))
     assert loaded == state
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["checkpoint.pt"]
@@ -33,21 +37,35 @@ def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
 def test_another_configuration_is_refused(
     tmp_path: Path, changed: dict[str, Any], says: str
 ) -> None:
-    save_checkpoint(tmp_path / "checkpoint.pt", RECIPE, {})
+    save_checkpoint(tmp_path / "checkpoint.pt", RECIPE, DATA, {})
     with pytest.raises(ValueError, match=f"of another configuration: {says}.*--restart"):
-        load_checkpoint(tmp_path / "checkpoint.pt", replace(RECIPE, **changed))
+        load_checkpoint(tmp_path / "checkpoint.pt", replace(RECIPE, **changed), DATA)
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (arrays(IMAGES + 1, LABELS, IMAGES, LABELS), "training data is '4 images of 2 classes"),
+        (arrays(IMAGES, LABELS, IMAGES, 1 - LABELS), "test data is '4 images of 2 classes"),
+        (arrays(IMAGES[:3], LABELS[:3], IMAGES, LABELS), "training data is .* there and '3 images"),
+    ],
+)
+def test_other_data_of_the_same_name_are_refused(tmp_path: Path, data: DataSet, says: str) -> None:
+    save_checkpoint(tmp_path / "checkpoint.pt", RECIPE, DATA, {})
+    with pytest.raises(ValueError, match=f"of another configuration: {says}"):
+        load_checkpoint(tmp_path / "checkpoint.pt", RECIPE, data)
 
 
 @pytest.mark.parametrize("damage", ["empty", "truncated", "foreign"])
 def test_a_damaged_file_is_refused(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "checkpoint.pt"
-    save_checkpoint(path, RECIPE, {"weight": torch.zeros(1000)})
+    save_checkpoint(path, RECIPE, DATA, {"weight": torch.zeros(1000)})
     if damage == "foreign":
         torch.save([1, 2], path)
     else:
         path.write_bytes(path.read_bytes()[: 0 if damage == "empty" else 2000])
     with pytest.raises(ValueError, match="checkpoint.pt is not a checkpoint"):
-        load_checkpoint(path, RECIPE)
+        load_checkpoint(path, RECIPE, DATA)
 
 
 class _Payload:
@@ -59,7 +77,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     torch.save({"recipe": {}, "state": _Payload()}, tmp_path / "checkpoint.pt")
     with pytest.raises(ValueError, match="not a checkpoint"):
-        load_checkpoint(tmp_path / "checkpoint.pt", RECIPE)
+        load_checkpoint(tmp_path / "checkpoint.pt", RECIPE, DATA)
     assert not (tmp_path / "executed").exists()
 
 
@@ -68,7 +86,7 @@ def test_a_full_disk_leaves_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     path = tmp_path / "checkpoint.pt"
-    save_checkpoint(path, RECIPE, {"epoch": 1})
+    save_checkpoint(path, RECIPE, DATA, {"epoch": 1})
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -80,9 +98,9 @@ def test_a_full_disk_leaves_what_was_there(
         owner, name = (checkpoints.os, "fsync") if when == "flush" else (Path, "replace")
         monkeypatch.setattr(owner, name, full)
     with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(path, RECIPE, {"epoch": 2})
+        save_checkpoint(path, RECIPE, DATA, {"epoch": 2})
     monkeypatch.undo()
-    assert load_checkpoint(path, RECIPE) == {"epoch": 1}
+    assert load_checkpoint(path, RECIPE, DATA) == {"epoch": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 

@@ -160,3 +160,18 @@ def test_arrays_refuses(changed: dict[str, Any], error: type[Exception], message
     }  # fmt: skip
     with pytest.raises(error, match=message):
         arrays(**given | changed)
+
+
+def test_arrays_are_of_one_kind_and_not_empty() -> None:
+    images, labels = np.zeros((4, 8, 8), dtype=np.uint8), np.array([0, 0, 1, 1])
+    with pytest.raises(ValueError, match="as many channels, got 3 and 1"):
+        arrays(np.zeros((4, 8, 8, 3), np.uint8), labels, images, labels)
+    with pytest.raises(ValueError, match=r"test labels must be \[0\].* not empty, got \[0\]"):
+        arrays(images, labels, images[:0], labels[:0])
+
+
+def test_any_strides_and_read_only_arrays_will_do(data: ArrayImages) -> None:
+    images = np.random.default_rng(0).integers(0, 255, (21, 8, 8)).astype(np.uint8)[:, :, ::-1]
+    images.flags.writeable = False
+    (batch,) = replace(data, images=images).evaluation(100)
+    assert np.array_equal(batch[:, 0].mul(255).round().numpy(), images)

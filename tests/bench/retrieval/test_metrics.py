@@ -1,11 +1,16 @@
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from torch import Tensor
 
-from bench.retrieval.metrics import retrieval
+from bench.retrieval.metrics import Diverged, retrieval
+
+ROOT = Path(__file__).parents[3]
 
 
 def naive_recall(embeddings: Tensor, labels: Tensor, k: int) -> float:
@@ -62,7 +67,7 @@ def test_recall_refuses(labels: list[int], ks: tuple[int, ...], message: str) ->
 
 def test_recall_refuses_embeddings_of_a_diverged_network() -> None:
     embeddings = torch.tensor([[1.0], [math.nan], [1.0], [1.0]])
-    with pytest.raises(ValueError, match="finite"):
+    with pytest.raises(Diverged, match="finite"):
         retrieval(embeddings, torch.tensor([0, 0, 1, 1]), (1,))
 
 
@@ -127,3 +132,44 @@ def test_a_row_has_every_figure() -> None:
 def test_a_chunk_is_at_least_one_query() -> None:
     with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
         retrieval(*cloud(), chunk_size=0)
+
+
+@pytest.mark.parametrize("width", [1e-1, 1e-3])
+def test_a_tight_cloud_is_resolved(width: float) -> None:
+    """Embeddings of an untrained network are alike: their cosines differ in the last digits."""
+    generator = torch.Generator().manual_seed(5)
+    points = torch.randn(400, 64, generator=generator, dtype=torch.float64)
+    labels = torch.arange(400) % 40
+    points = points + 0.6 * torch.randn(40, 64, generator=generator, dtype=torch.float64)[labels]
+    points = torch.nn.functional.normalize(1 + width * points, dim=1)
+    nearest = torch.cdist(points, points).fill_diagonal_(math.inf).argmin(dim=1)
+    want = (labels[nearest] == labels).double().mean().item()
+    assert 0.2 < want < 0.98
+    assert retrieval(points, labels, (1,)).recall[1] == pytest.approx(want, abs=0.003)
+
+
+def test_a_huge_class_bounds_the_chunk() -> None:
+    embeddings, labels = torch.randn(300, 4), (torch.arange(300) < 290).long()
+    found = [retrieval(embeddings, labels, (1, 5), chunk) for chunk in (7, 10**9)]
+    assert found[0].recall == found[1].recall
+    assert found[0].map_at_r == pytest.approx(found[1].map_at_r)
+
+
+@pytest.mark.exhaustive
+def test_the_test_images_of_sop_fit_in_4_gb() -> None:
+    """In as many classes of as many images, at the largest K of the paper."""
+    code = """
+import resource, torch
+from bench.retrieval.metrics import retrieval
+torch.manual_seed(0)
+labels = torch.arange(60_502) % 11_316
+centres = torch.randn(11_316, 16)
+found = retrieval(centres[labels] + torch.randn(60_502, 16), labels, (1, 10, 100, 1000))
+print(found.recall[1000], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    recall, kilobytes = map(float, result.stdout.split())
+    assert 0.2 < recall < 1
+    assert kilobytes < 4e6

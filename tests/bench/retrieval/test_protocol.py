@@ -12,7 +12,7 @@ from rich.console import Console
 from bench.recipes import LOSSES
 from bench.retrieval import protocol
 from bench.retrieval.images import DataSet, arrays
-from bench.retrieval.metrics import retrieval
+from bench.retrieval.metrics import Diverged, retrieval
 from bench.retrieval.protocol import compare
 from bench.retrieval.training import Training
 from bench.settings import RetrievalSettings
@@ -128,10 +128,10 @@ def test_variations_are_runs_of_their_own(data: DataSet, tmp_path: Path) -> None
         variations={"alpha": [1.0, 2.0], "lr": [0.01]}, label_noise=[0.0, 0.25], **QUICK,
     )  # fmt: skip
     assert [(row["variant"], row["label_noise"]) for row in found] == [
-        ("alpha=1.0,lr=0.01", 0.0), ("alpha=1.0,lr=0.01", 0.25),
-        ("alpha=2.0,lr=0.01", 0.0), ("alpha=2.0,lr=0.01", 0.25),
+        ("alpha=1.0,lr=0.01", 0.0), ("alpha=2.0,lr=0.01", 0.0),
+        ("alpha=1.0,lr=0.01", 0.25), ("alpha=2.0,lr=0.01", 0.25),
     ]  # fmt: skip
-    assert [row["options"]["alpha"] for row in found] == [1.0, 1.0, 2.0, 2.0]
+    assert [row["options"]["alpha"] for row in found] == [1.0, 2.0, 1.0, 2.0]
     assert {row["lr"] for row in found} == {0.01}
 
 
@@ -143,22 +143,84 @@ def test_validation_leaves_the_test_classes_alone(data: DataSet, tmp_path: Path)
     assert row["run"] == "stripes-cnn-contrastive-validation-seed0"
 
 
-def test_label_noise_is_in_training_alone(data: DataSet, tmp_path: Path) -> None:
+def test_label_noise_is_in_training_alone(
+    data: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[np.ndarray] = []
+    original = Training.run_epoch
+    monkeypatch.setattr(
+        Training, "run_epoch",
+        lambda self, *a: [seen.append(self.images.labels), original(self, *a)][1],
+    )  # fmt: skip
     (row,) = compare(data, ["triplet"], tmp_path, label_noise=[0.5], **QUICK)
+    assert [(labels != data.train.labels).sum() for labels in seen] == [18, 18]
     with np.load(tmp_path / row["run"] / "embeddings.npz") as stored:
         assert np.array_equal(stored["train_labels"], data.train.labels)
         assert np.array_equal(stored["test_labels"], data.test.labels)
 
 
+def test_proxies_at_samples_see_the_labels_of_training(
+    data: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[np.ndarray] = []
+    monkeypatch.setattr(
+        protocol, "place_proxies", lambda loss, network, images, seed: seen.append(images.labels)
+    )
+    changes = QUICK["changes"] | {"proxy_init": "samples"}
+    compare(data, ["pfml"], tmp_path, label_noise=[0.5], **QUICK | {"changes": changes})
+    assert len(seen) == 1
+    assert (seen[0] != data.train.labels).sum() == 18
+
+
+def test_other_data_of_the_same_name_are_not_mistaken(data: DataSet, tmp_path: Path) -> None:
+    compare(data, ["triplet"], tmp_path, **QUICK)
+    with pytest.raises(ValueError, match="of another configuration: training data"):
+        compare(data._replace(train=data.test), ["triplet"], tmp_path, **QUICK)
+
+
+def test_a_row_of_before_a_restart_does_not_count(
+    data: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (first,) = compare(data, ["pfml"], tmp_path, **QUICK)
+    changes = QUICK["changes"] | {"epochs": 3}
+    three = QUICK | {"changes": changes}
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(protocol, "save_arrays", full)
+    with pytest.raises(OSError, match="No space"):
+        compare(data, ["pfml"], tmp_path, restart=True, **three)
+    monkeypatch.undo()
+    (second,) = compare(data, ["pfml"], tmp_path, **three)
+    assert (first["final_epoch"], second["final_epoch"]) == (2, 3)
+
+
+def test_a_run_that_diverges_does_not_stop_the_others(data: DataSet, tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match="1 of 2 runs diverged: stripes-cnn-triplet-lr=1e"):
+        compare(data, ["triplet"], tmp_path, variations={"lr": [1e30, 1e-3]}, **QUICK)
+    assert [row["lr"] for row in rows(tmp_path / "results.jsonl")] == [1e-3]
+
+
+def test_numbers_of_numpy_are_numbers(data: DataSet, tmp_path: Path) -> None:
+    for _ in range(2):  # the second reads the checkpoint of the first
+        (row,) = compare(
+            data, ["triplet"], str(tmp_path), seeds=np.arange(1), label_noise=np.array([0.25]),
+            variations={"margin": np.array([0.1])}, **QUICK,
+        )  # fmt: skip
+    assert row["run"] == "stripes-cnn-triplet-noise0.25-margin=0.1-seed0"
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
+        ({"changes": {"alpha": 2.0}}, "changes must be of fields of Recipe, got alpha"),
         ({"losses": []}, "must not be empty"),
         ({"losses": ["softmax"]}, "one of pfml.*got 'softmax'"),
         ({"variations": {"margin": [1.0]}}, "options of pfml.*margin"),
         ({"device": "tpu"}, "one of auto, cpu, cuda, got 'tpu'"),
         ({"changes": {"batch_size": 64, "epochs": 1}}, "batch_size must be at most 24"),
-        ({"changes": {"recall_at": (36,), "batch_size": 8}}, r"every K must be in \[1, 35\]"),
+        ({"changes": {"recall_at": (1, 36), "batch_size": 8}}, r"every K must be in \[1, 35\]"),
         ({"label_noise": [2.0]}, "label_noise must be in"),
     ],
 )

@@ -96,7 +96,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(
 
     with pytest.raises(Stop):
         run_until_stopped()
-    state = copy.deepcopy(stopped.state())
+    state, random = copy.deepcopy(stopped.state()), torch.get_rng_state()
     assert stopped.steps_done == stop_after
 
     resumed = training_of(small, replace(recipe, seed=99))
@@ -109,6 +109,10 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(
     for name, value in whole.network.state_dict().items():
         assert torch.equal(value, resumed.network.state_dict()[name]), name
     assert str(whole.optimizer.state_dict()) == str(resumed.optimizer.state_dict())
+    assert torch.equal(torch.get_rng_state(), random)
+    if loss == "pfml":
+        assert whole.loss.training_calls == resumed.loss.training_calls > 0
+        assert torch.equal(whole.loss.sketch_basis, resumed.loss.sketch_basis)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -204,3 +208,17 @@ def test_embedding_leaves_the_network_in_its_mode(small: ArrayImages) -> None:
     assert torch.allclose(few, embed(network.eval(), small, batch_size=1000), atol=1e-5)
     assert not network.training
     assert not few.requires_grad
+
+
+def test_warm_up_trains_new_layers_and_proxies_alone(small: ArrayImages) -> None:
+    recipe = replace(SMALL, warmup_epochs=1, weight_decay=0.1)
+    training = training_of(small, recipe)
+    training.network.pretrained = True  # as if its backbone were
+    before = [p.detach().clone() for p in training.network.backbone_parameters()]
+    head, proxies = training.network.head.weight.clone(), training.loss.proxies.clone()
+    training.run_epoch()
+    assert all(map(torch.equal, before, training.network.backbone_parameters()))
+    assert not torch.equal(head, training.network.head.weight)
+    assert not torch.equal(proxies, training.loss.proxies)
+    training.run_epoch()
+    assert not any(map(torch.equal, before, training.network.backbone_parameters()))
