@@ -50,8 +50,8 @@ def test_parts_say_which_rows_they_show(made: Made) -> None:
 @pytest.mark.parametrize(
     ("dataset", "network", "command"),
     [
-        ("glyphs", "cnn", "--preset glyphs --losses pfml"),
-        ("cub", "resnet50", "--preset cub-resnet50 --data FOLDER --losses pfml"),
+        ("glyphs", "cnn", "--preset glyphs --losses pfml --epochs 4"),
+        ("cub", "resnet50", "--preset cub-resnet50 --data FOLDER --losses pfml --epochs 4"),
         ("cub", "cnn", None),
         ("dots", "cnn", None),
     ],

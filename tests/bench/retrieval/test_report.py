@@ -87,7 +87,7 @@ def test_missing_parts_say_which_command_makes_them(tmp_path: Path) -> None:
     page = Page(write_report(tmp_path / "runs", tmp_path / "out", console=quiet()))
     for words in (
         "No run with label noise has finished. This makes it: python -m bench retrieval --preset "
-        f"glyphs --losses all --seeds 0 1 2 --label-noise 0.2 --out {tmp_path / 'runs'}",
+        f"glyphs --losses all --seeds 0 1 2 --label-noise 0.2 --epochs 4 --out {tmp_path / 'runs'}",
         "log.jsonl holds no evaluation of a run",
         "No run overrides one of these alone", "No run overrides a setting",
         "No run of a loss with proxies has left embeddings.npz",

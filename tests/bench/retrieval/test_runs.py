@@ -30,6 +30,14 @@ def test_an_epoch_run_twice_counts_once(tmp_path: Path) -> None:
     assert curve == pytest.approx({1: 0.225, 2: 0.25, 3: 0.675, 4: 0.9})
 
 
+def test_a_run_that_was_begun_anew_has_its_last_curve(tmp_path: Path) -> None:
+    write(tmp_path, [row()])
+    run = row()["run"]
+    append_row(tmp_path / "log.jsonl", {"event": "start", "run": run, "epoch": 0})
+    append_row(tmp_path / "log.jsonl", {"event": "evaluation", "run": run, "epoch": 1, "r1": 0.5})
+    assert read_curves(tmp_path)[run] == {1: 0.5}
+
+
 def test_nothing_there(tmp_path: Path) -> None:
     assert read_curves(tmp_path) == {}
     assert read_arrays(tmp_path, "x") is None

@@ -146,6 +146,17 @@ def test_one_table_is_of_one_data_set() -> None:
         noise_table([])
 
 
+def test_one_table_is_of_one_budget() -> None:
+    cells = gather([row(), row("triplet", epochs=5)])
+    with pytest.raises(ValueError, match="one table is of one epochs, got 4, 5"):
+        main_table(cells)
+
+
+def test_published_figures_are_of_test_classes() -> None:
+    table = main_table(gather([row(dataset="cub", network="resnet50", split="validation")]))
+    assert not any(line.published for line in table.lines)
+
+
 def test_distances_are_compared_in_each_runs_own_units() -> None:
     cell, *_ = plain(0.0)
     runs = [

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from scipy.optimize import linprog
 
+from bench.retrieval import wasserstein
 from bench.retrieval.wasserstein import proxy_distances, wasserstein2
 
 
@@ -46,6 +47,13 @@ def test_any_counts_against_a_linear_program(m: int, n: int) -> None:
     a, b = cloud(m, 2), cloud(n, 3)
     assert wasserstein2(a, b) == pytest.approx(by_linear_program(a, b), rel=1e-7)
     assert wasserstein2(b, a) == pytest.approx(wasserstein2(a, b), rel=1e-12)
+
+
+def test_large_clouds_by_a_linear_program_of_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = cloud(6, 5), cloud(35, 5)
+    assigned = wasserstein2(a, b)
+    monkeypatch.setattr(wasserstein, "_ASSIGNED", 10)
+    assert wasserstein2(a, b) == pytest.approx(assigned, rel=1e-9)
 
 
 def test_closed_forms() -> None:
