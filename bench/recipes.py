@@ -157,9 +157,9 @@ def _listed(values: Iterable[Any]) -> str:
     return ", ".join(map(str, values))
 
 
-# What differs between losses on the glyphs: the learning rate, the best of a search on the
-# validation classes, clean and at 20% label noise, that is the same for all of them; and PFML's
-# potential, from the study of its settings there. Both are in bench/retrieval/STUDY.md.
+# What differs between losses on the glyphs: learning rates, the best of a search on the validation
+# classes, clean and at 20% label noise, that is the same for all of them; and PFML's potential,
+# from the study of its settings there. Both are in bench/retrieval/STUDY.md.
 GLYPHS: dict[str, dict[str, Any]] = {
     "pfml": {
         "lr": 0.01,
@@ -172,7 +172,7 @@ GLYPHS: dict[str, dict[str, Any]] = {
     "contrastive": {"lr": 0.003},
     "npair": {"lr": 0.001},
     "proxynca": {"lr": 0.003},
-    "proxy-anchor": {"lr": 0.003},
+    "proxy-anchor": {"lr": 0.003, "proxy_lr_mult": 1.0},
     "multi-similarity": {"lr": 0.01},
 }  # fmt: skip
 
