@@ -7,8 +7,10 @@ import pytest
 from bench import __main__ as command_line
 from bench import figures
 from bench.recipes import LOSSES
+from bench.results import append_row
 from bench.retrieval import protocol
 from bench.settings import RetrievalSettings
+from tests.bench.retrieval import synthetic
 
 ROOT = Path(__file__).parents[2]
 
@@ -91,6 +93,21 @@ def test_a_report_needs_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert command_line.main(["report", "--runs", str(tmp_path), "--out", str(out)]) == 2
     assert "results.jsonl" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_a_report_takes_the_images_of_one_data_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("glyphs", "cub", "sop"):
+        append_row(tmp_path / "results.jsonl", synthetic.row(dataset=name, run=name))
+    arguments = ["report", "--runs", str(tmp_path), "--data", "x", "--out", str(tmp_path / "y")]
+    assert command_line.main(arguments) == 2
+    assert "--data is the folder of one data set" in capsys.readouterr().err
+
+
+def test_a_setting_is_varied_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line.main(["retrieval", "--set", "lr=1", "--set", "alpha=2", "lr=2"]) == 2
+    assert "--set takes a name once, got lr, alpha, lr" in capsys.readouterr().err
 
 
 def test_options_become_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
