@@ -28,11 +28,11 @@ class PFMLLoss(nn.Module):
         num_classes: C >= 1; labels are in [0, C).
         embedding_size: D in [1, 16000].
         proxies_per_class: M >= 0 (the paper: 15 on CUB and Cars, 2 on SOP); 0 is samples only.
-        alpha, delta, delta_rep, min_distance: see `Potential`. The defaults are the paper's best for
-            pre-trained networks, with Eq. 2 as it is but for points nearer than 0.01. On a small
-            network from scratch other values did much better, most of all with wrong labels
-            (bench/retrieval/STUDY.md in the repository): alpha 1, delta 0.1, delta_rep 0.2; or, with
-            these, a min_distance of almost delta.
+        alpha, delta, delta_rep, min_distance: see `Potential`. The defaults are the paper's best,
+            for pre-trained networks, with Eq. 2 as it is but for points nearer than 0.01. A small
+            network from scratch did much better, most of all with wrong labels, at alpha 1, delta
+            0.1 and delta_rep 0.2; at the defaults, with a min_distance of almost delta
+            (bench/retrieval/STUDY.md in the repository).
         normalize: scale embeddings and proxies to unit length, as the paper does. Off, the radii
             are in the units of the embeddings, and all are used as they are.
         reduction: "sum" (Eq. 6), the published choice: with weight decay in Adam (not AdamW) a mean
