@@ -171,7 +171,7 @@ GLYPHS: dict[str, dict[str, Any]] = {
     "triplet": {"lr": 0.003},
     "contrastive": {"lr": 0.003},
     "npair": {"lr": 0.001},
-    "proxynca": {"lr": 0.003},
+    "proxynca": {"lr": 0.003, "proxy_lr_mult": 10.0},
     "proxy-anchor": {"lr": 0.003, "proxy_lr_mult": 1.0},
     "multi-similarity": {"lr": 0.01},
 }  # fmt: skip
