@@ -314,6 +314,7 @@ def _result(training: Training, data: DataSet) -> Row:
     best = max(trained, key=lambda found: found[f"r{recipe.recall_at[0]}"])
     row: Row = {"bench": "retrieval", "run": recipe.run_id}
     row |= asdict(recipe) | {"options": options_of(recipe.loss, recipe.options)}
+    row["recall_at"] = list(recipe.recall_at)  # as a row that was read has it
     for prefix, found in (("untrained", untrained), ("final", trained[-1]), ("best", best)):
         row |= {f"{prefix}_{name}": value for name, value in found.items()}
     for name, images in (("train", data.train), ("test", data.test)):

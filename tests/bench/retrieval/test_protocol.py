@@ -87,6 +87,7 @@ def test_runs_that_are_done_are_not_run_again(
     monkeypatch.setattr(Training, "run_epoch", lambda *a: [steps.append(1), original(*a)][1])
     again = compare(data, ["pfml"], tmp_path, seeds=[0, 1, 2], **QUICK)
     assert [row["final_r1"] for row in again[:2]] == [row["final_r1"] for row in first]
+    assert protocol.tables_of(again)[0].lines[0].texts[1] == "3"  # old and new make one cell
     assert (len(steps), len(rows(tmp_path / "results.jsonl"))) == (2, 3)
     compare(data, ["pfml"], tmp_path, restart=True, **QUICK)
     assert (len(steps), len(rows(tmp_path / "results.jsonl"))) == (4, 4)
