@@ -71,7 +71,7 @@ def test_a_wrong_value_is_an_error_without_a_traceback(
 ) -> None:
     out = tmp_path / "out"
     assert command_line.main(["retrieval", "--epochs", "0", "--out", str(out)]) == 2
-    assert "epochs must be at least 1, got 0" in capsys.readouterr().err
+    assert "epochs must be a whole number from 1 on, got 0" in capsys.readouterr().err
     assert not out.exists()
 
 
