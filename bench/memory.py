@@ -108,8 +108,8 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> tuple[int, int
         peak = torch.cuda.max_memory_allocated(device)
     else:
         # Not ru_maxrss: it starts from the memory of the process that started this one.
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         ctypes.CDLL(None).malloc_trim(0)  # what earlier calls have freed is not there
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew, from what is left
         before = _kernel_bytes("/proc/self/status", "VmRSS")
         call()
         peak = _kernel_bytes("/proc/self/status", "VmHWM")
