@@ -1,5 +1,4 @@
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,19 +10,6 @@ from bench.retrieval.wasserstein import ProxyDistances
 from tests.bench.retrieval.synthetic import row, rows
 
 PLAIN = gather([r for r in rows() if not r["variant"]])
-
-
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    figures: list[Figure] = []
-    save = Figure.savefig
-
-    def saved(figure: Figure, *args: Any, **kwargs: Any) -> None:
-        figures.append(figure)
-        save(figure, *args, **kwargs)
-
-    monkeypatch.setattr(Figure, "savefig", saved)
-    return figures
 
 
 def test_curves_are_means_over_seeds_of_common_epochs(tmp_path: Path, drawn: list[Figure]) -> None:
