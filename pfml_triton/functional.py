@@ -1,36 +1,17 @@
-"""`potential_energy` and `class_potential`: validation, choice of the backend, autograd.
-
-Both ask a backend for the same things: to `gather` the points of a cloud, for the sums over the
-pairs that exert force (`field_terms`), for their `total`, in which the pairs without force are
-constants, and to `pull_back` gradients. The energy is a sum, so its gradient is computed along with
-it in forward, and backward only scales it.
-"""
+"""`potential_energy` and `class_potential`: what they take, and how they refuse the rest."""
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import torch_backend
-from .potential import (
-    FieldTerms,
-    Potential,
-    Split,
-    active_energy,
-    nan_unless_finite,
-    rest_energy,
-)
-from .sketch import random_basis
+from . import operators
+from .backends import BACKENDS
+from .operators import gets_gradient
+from .potential import Potential
 
-try:
-    from .kernels import launch as _triton_backend
-except ImportError:  # Triton has no wheel for this platform: the torch backend serves
-    _triton_backend = None  # type: ignore[assignment]
-
-BACKENDS = ("auto", "triton", "torch")
 REDUCTIONS = ("sum", "mean")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTEGERS = tuple(
@@ -55,92 +36,6 @@ class Stats(NamedTuple):
         """The stats in a vector of `TOTALS`."""
         energy, attracting, repelling, distance, share = totals[: len(cls._fields)]
         return cls(energy, attracting.long(), repelling.long(), distance, share)
-
-
-class Backend(Protocol):
-    """What pfml_triton.torch_backend and pfml_triton.kernels.launch both are.
-
-    Each has a cloud of its own, N points in the order of their class.
-    """
-
-    def gather(
-        self,
-        x: Tensor,
-        labels: Tensor,
-        potential: Potential,
-        *,
-        rest: Tensor | None = None,
-        unit: bool = False,
-        basis: Tensor | None = None,
-    ) -> Any:
-        """The cloud of points `x` [B, D], and of `rest` [N - B, D] if given.
-
-        Args:
-            labels: classes [N], int64.
-            rest: more points, float32 or wider; all are then copied in that dtype.
-            unit: whether to scale the points to unit length.
-            basis: [D, at most 60] bfloat16, Q of the sketch that filters tiles; None takes all.
-        """
-
-    def field_terms(
-        self, acted_on: Any, acting: Any, potential: Potential, *, needs_grad: bool
-    ) -> FieldTerms:
-        """What the field of one cloud does to the points of another, or of itself."""
-
-    def total(
-        self,
-        terms: FieldTerms,
-        acted_on: Any,
-        acting: Any,
-        potential: Potential,
-        *,
-        mean: bool = False,
-        before: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The value of the loss, a scalar, and its `TOTALS`, a vector.
-
-        Args:
-            terms: of the field of `acting` on `acted_on`.
-            mean: whether the value is the energy over the number of ordered pairs of distinct
-                points.
-            before: totals of the field of `acted_on` on itself, which are then included.
-        """
-
-    def pull_back(
-        self,
-        grad: Tensor,
-        points: Tensor | None,
-        inverse: Tensor | None,
-        *,
-        grad_output: Tensor,
-        totals: Tensor,
-        split: Split,
-        pairs: int = 1,
-        twice: bool = False,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The gradients of what a cloud was gathered from, `x` and `rest`.
-
-        Args:
-            grad: [N, D] of the energy in the points, or of half of it if `twice`.
-            points, inverse: of the cloud, if its points were scaled; else None.
-            grad_output: the derivative in the value of the loss, a scalar.
-            totals: of the energy; they make the gradient NaN if a point was not finite.
-            split: which gradients are wanted, and how they look.
-            pairs: that the energy is divided by.
-        """
-
-
-class _Field(NamedTuple):
-    """What a call of `potential_energy` is about, beside the tensors that get gradients."""
-
-    labels: Tensor
-    source_labels: Tensor | None
-    potential: Potential
-    unit: bool
-    mean: bool
-    basis: Tensor | None
-    backend: Backend
-    records: bool  # is autograd at work?
 
 
 def potential_energy(
@@ -197,14 +92,10 @@ def potential_energy(
     if sources is not None and source_labels is not None:
         _check_cloud(sources, source_labels, "sources", "source_labels", "S")
         _check_match(sources, "sources", points, "points")
-    if validate:
-        _check_finite(points, "points")
-        if sources is not None:
-            _check_finite(sources, "sources")
-    basis = _chosen_basis(prune, points)
+    _check_options(backend, prune=prune, validate=validate)
     return total_energy(
         points, labels, potential, sources=sources, source_labels=source_labels,
-        reduction=reduction, backend=backend, basis=basis,
+        reduction=reduction, prune=prune, backend=backend, validate=validate,
     )[0]  # fmt: skip
 
 
@@ -214,12 +105,15 @@ def total_energy(
     potential: Potential,
     *,
     proxies: Tensor | None = None,
+    classes: int | None = None,
     unit: bool = False,
     sources: Tensor | None = None,
     source_labels: Tensor | None = None,
     reduction: str = "sum",
-    backend: str = "auto",
+    prune: bool = True,
     basis: Tensor | None = None,
+    backend: str = "auto",
+    validate: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`potential_energy` of checked arguments, and the `TOTALS` it is made of.
 
@@ -227,16 +121,16 @@ def total_energy(
         points: [B, D].
         labels: [N], of the points, then of the proxies.
         proxies: [C, M, D], which make N points with those, at least as wide and float32.
+        classes: C, if the labels of the points have to be in [0, C).
         unit: whether all points are scaled to unit length.
-        basis: [D, at most 60] bfloat16, a sound one of pfml_triton.sketch; None does not prune.
+        basis: [D, at most 60] bfloat16, a sound one of pfml_triton.sketch; None takes a random one.
     """
-    field = _Field(
-        labels.to(torch.int64).contiguous(),
-        None if source_labels is None else source_labels.to(torch.int64).contiguous(),
-        potential, unit, reduction == "mean", basis, _choose_backend(backend, points, potential),
-        torch.is_grad_enabled(),
+    value, totals, *_ = operators.potential_energy(
+        points, _int64(labels), proxies, sources,
+        None if source_labels is None else _int64(source_labels), basis, *_numbers(potential),
+        unit, reduction == "mean", prune, backend, classes, validate,
+        gets_gradient(points), gets_gradient(proxies), gets_gradient(sources),
     )  # fmt: skip
-    value, totals = _PotentialEnergy.apply(points, proxies, sources, field)
     return value, totals
 
 
@@ -284,170 +178,31 @@ def class_potential(
             "class_potential is differentiable in queries only, got points that require a "
             "gradient: pass points.detach(), or call it under torch.no_grad()"
         )
-    if validate:
-        _check_finite(queries, "queries")
-        _check_finite(points, "points")
-    field = _Field(
-        labels.to(torch.int64).contiguous(), None, potential, False, False,
-        _chosen_basis(prune, queries), _choose_backend(backend, queries, potential),
-        torch.is_grad_enabled(),
+    _check_options(backend, prune=prune, validate=validate)
+    psi: Tensor
+    psi, *_ = operators.class_potential(
+        queries, points, _int64(labels), class_index, *_numbers(potential),
+        prune, backend, validate, gets_gradient(queries),
     )  # fmt: skip
-    value: Tensor = _ClassPotential.apply(queries, points, class_index, field)
-    return value
+    return psi
 
 
-class _PotentialEnergy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, points: Tensor, proxies: Tensor | None, sources: Tensor | None, field: _Field
-    ) -> tuple[Tensor, Tensor]:
-        needs = [field.records and need for need in ctx.needs_input_grad[:3]]
-        backend, potential = field.backend, field.potential
-        rest = None if proxies is None else proxies.flatten(0, 1)
-        cloud = backend.gather(
-            points, field.labels, potential, rest=rest, unit=field.unit, basis=field.basis
-        )
-        needs_grad = needs[0] or needs[1]
-        terms = backend.field_terms(cloud, cloud, potential, needs_grad=needs_grad)
-        value, totals = backend.total(terms, cloud, cloud, potential, mean=field.mean)
-        # The field is mutual: x_i stands in row i and in column i of U. Its gradient is doubled in
-        # backward, which saves a pass over it.
-        grad, source_grad = terms.grad, None
-        n, acting = len(cloud), None
-        ctx.twice, ctx.pairs = True, n * (n - 1)
-        if sources is not None and field.source_labels is not None:
-            acting = backend.gather(
-                sources.to(cloud.points.dtype), field.source_labels, potential,
-                unit=field.unit, basis=field.basis,
-            )  # fmt: skip
-            terms = backend.field_terms(cloud, acting, potential, needs_grad=needs_grad)
-            value, totals = backend.total(
-                terms, cloud, acting, potential, mean=field.mean, before=totals
-            )
-            if grad is not None and terms.grad is not None:
-                grad = grad.mul_(2).add_(terms.grad)
-            if needs[2]:
-                source_grad = backend.field_terms(acting, cloud, potential, needs_grad=True).grad
-            ctx.twice = False
-            ctx.pairs += n * len(sources)
-        ctx.pairs = max(ctx.pairs, 1) if field.mean else 1
-        ctx.backend = backend
-        ctx.dtypes = [
-            x.dtype if x is not None and need else None
-            for x, need in zip((points, proxies, sources), needs, strict=True)
-        ]
-        # The inputs are saved as well, so that a change of them in place is an error.
-        units = [
-            (None, None) if c is None or c.inverse is None else (c.points, c.inverse)
-            for c in (cloud, acting)
-        ]
-        ctx.save_for_backward(
-            points, proxies, sources, totals, grad, *units[0], source_grad, *units[1]
-        )
-        ctx.mark_non_differentiable(totals)
-        ctx.set_materialize_grads(False)
-        return value, totals
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        points, proxies, sources, totals, *saved = ctx.saved_tensors
-        if grad_output is None:
-            return None, None, None, None
-        of_cloud = partial(
-            ctx.backend.pull_back, grad_output=grad_output, totals=totals, pairs=ctx.pairs
-        )
-        first = second = third = None
-        grad, placed, inverse, source_grad, source_placed, source_inverse = saved
-        if grad is not None:
-            split = Split(len(points), (ctx.dtypes[0], ctx.dtypes[1]))
-            first, second = of_cloud(grad, placed, inverse, split=split, twice=ctx.twice)
-        if second is not None:
-            second = second.view(proxies.shape)
-        if source_grad is not None:
-            split = Split(len(source_grad), (ctx.dtypes[2], None))
-            third, _ = of_cloud(source_grad, source_placed, source_inverse, split=split)
-        if torch.is_grad_enabled():
-            first, second, third = (
-                None if g is None else _OnceDifferentiable.apply(g, points, proxies, sources)
-                for g in (first, second, third)
-            )
-        return first, second, third, None
+def _numbers(potential: Potential) -> tuple[float, float, float, float]:
+    """Its fields; dataclasses.astuple copies them, which takes the host microseconds."""
+    p = potential
+    return p.alpha, p.delta, p.repulsion_radius, p.min_distance
 
 
-class _ClassPotential(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, queries: Tensor, points: Tensor, class_index: int, field: _Field
-    ) -> Tensor:
-        backend, potential = field.backend, field.potential
-        of_class = field.labels.new_full((len(queries),), class_index)
-        acted_on = backend.gather(queries, of_class, potential, basis=field.basis)
-        acting = backend.gather(points, field.labels, potential, basis=field.basis)
-        needs_grad = field.records and ctx.needs_input_grad[0]
-        terms = backend.field_terms(acted_on, acting, potential, needs_grad=needs_grad)
-        psi = active_energy(terms, potential)
-        psi = psi + rest_energy(terms.own_class, len(points), potential)
-        nothing = nan_unless_finite(queries) + nan_unless_finite(points).sum()
-        ctx.save_for_backward(queries, terms.grad, nothing)
-        return (psi + nothing).to(torch.promote_types(queries.dtype, torch.float32))
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        queries, grad, nothing = ctx.saved_tensors
-        if grad is None:
-            return None, None, None, None
-        first = (grad * (grad_output + nothing)[:, None]).to(queries.dtype)
-        if torch.is_grad_enabled():
-            first = _OnceDifferentiable.apply(first, queries)
-        return first, None, None, None
+def _int64(labels: Tensor) -> Tensor:
+    return labels.to(torch.int64).contiguous()
 
 
-class _OnceDifferentiable(torch.autograd.Function):
-    """The identity on a gradient that was computed in forward: it depends on the inputs, but not by
-    way of a graph, so a second derivative would be wrong without a word."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, *inputs: Tensor | None) -> Tensor:
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> None:
-        raise RuntimeError(
-            "the potential energy is differentiable once: its gradient is computed in forward and "
-            "has no derivative of its own (reference.potential_field has, for small N)"
-        )
-
-
-def _chosen_basis(prune: bool, points: Tensor) -> Tensor | None:
-    """The basis of the sketch if one knows nothing of the points, or None not to prune."""
-    if not isinstance(prune, bool):
-        raise TypeError(f"prune must be a bool, got {prune!r}")
-    return random_basis(points.shape[1], points.device) if prune else None
-
-
-def _choose_backend(backend: str, points: Tensor, potential: Potential) -> Backend:
+def _check_options(backend: str, **flags: bool) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
-    # The kernels take constants as float32, even where the interpreter computes in float64.
-    largest = 1e300 if points.dtype == torch.float64 and backend != "triton" else 1e37
-    if potential.max_stiffness > largest:
-        raise ValueError(
-            f"the force of this potential overflows: alpha * min_distance^-(alpha + 2) must be <= "
-            f"{largest:g} for {points.dtype}, got {potential.max_stiffness:.3g} for "
-            f"alpha = {potential.alpha}, min_distance = {potential.min_distance}"
-        )
-    if backend == "torch":
-        return torch_backend
-    obstacle = (
-        f"Triton cannot be imported here ({torch.__version__=})"
-        if _triton_backend is None
-        else _triton_backend.obstacle(points)
-    )
-    if obstacle is None and (backend == "triton" or points.is_cuda):
-        return _triton_backend
-    if backend == "triton":
-        raise ValueError(f'backend="triton" cannot serve: {obstacle}; use backend="torch"')
-    return torch_backend
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be a bool, got {flag!r}")
 
 
 def _check_potential(potential: Potential | None) -> Potential:
@@ -485,7 +240,7 @@ def _check_labels(labels: Tensor, name: str) -> None:
 def _check_cloud(points: Tensor, labels: Tensor, name: str, labels_name: str, size: str) -> None:
     _check_points(points, name, size)
     _check_labels(labels, labels_name)
-    if labels.dim() != 1 or len(labels) != len(points):
+    if labels.dim() != 1 or labels.shape[0] != points.shape[0]:
         raise ValueError(
             f"{labels_name} must be [{size}] with {size} = {len(points)}, one for each row of "
             f"{name} {list(points.shape)}, got {list(labels.shape)}"
@@ -505,13 +260,3 @@ def _check_match(a: Tensor, name: str, b: Tensor, b_name: str) -> None:
         raise TypeError(f"{name} must have the dtype of {b_name}, {b.dtype}, got {a.dtype}")
     if a.device != b.device:
         raise ValueError(f"{name} must be on the device of {b_name}, {b.device}, got {a.device}")
-
-
-def _check_finite(points: Tensor, name: str) -> None:
-    finite = torch.isfinite(points).all(1)
-    if not finite.all():
-        bad = (~finite).nonzero().flatten()
-        raise ValueError(
-            f"{name} must be finite, got NaN or Inf in {len(bad)} of {len(points)} rows, the first "
-            f"being row {int(bad[0])}"
-        )

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .functional import BACKENDS, REDUCTIONS, Stats, _check_cloud, _check_finite, total_energy
+from .functional import REDUCTIONS, Stats, _check_cloud, _check_options, total_energy
+from .operators import is_transformed, turn_basis
 from .potential import Potential
-from .sketch import random_basis, sound_basis, turned_basis
-
-_TURN_EVERY = 100  # training calls between two steps of the sketch's basis, after the first ones
+from .sketch import random_basis, sound_basis
 
 
 class PFMLLoss(nn.Module):
@@ -51,8 +50,9 @@ class PFMLLoss(nn.Module):
             training changes. Reading a value waits for the device.
         proxies: nn.Parameter [C, M, D] float32, drawn from a normal distribution scaled to about
             unit length. They want a learning rate of their own, see `param_groups`.
-        sketch_basis: buffer [D, at most 60] bfloat16 of the pruning, not part of the state.
-            Whatever is written to it, the result stays the same, but for the order in which the
+        sketch_basis: [D, at most 60] bfloat16, that of the pruning, a copy. No parameter or buffer,
+            so that no cast, broadcast or checkpoint touches it. One that is assigned has to have
+            that shape; whatever it is, the result stays the same, but for the order in which the
             torch backend sums.
         training_calls: int, calls in training so far, which say when the basis turns. A run that is
             to be resumed to the bit keeps it and `sketch_basis` beside the state.
@@ -62,8 +62,6 @@ class PFMLLoss(nn.Module):
     """
 
     proxies: nn.Parameter
-    sketch_basis: Tensor
-    training_calls: int
 
     def __init__(
         self,
@@ -92,11 +90,7 @@ class PFMLLoss(nn.Module):
                 raise ValueError(f"{name} must be >= {least}, got {value}")
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
-        if backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
-        for name, flag in (("normalize", normalize), ("prune", prune), ("validate", validate)):
-            if not isinstance(flag, bool):
-                raise TypeError(f"{name} must be a bool, got {flag!r}")
+        _check_options(backend, normalize=normalize, prune=prune, validate=validate)
         self.num_classes = num_classes
         self.embedding_size = embedding_size
         self.proxies_per_class = proxies_per_class
@@ -109,12 +103,11 @@ class PFMLLoss(nn.Module):
         self.proxies = nn.Parameter(
             torch.empty(num_classes, proxies_per_class, embedding_size, dtype=torch.float32)
         )
-        basis = random_basis(embedding_size, torch.get_default_device())
-        self.register_buffer("sketch_basis", basis.clone(), persistent=False)
-        self._known_basis: tuple[Tensor, int] | None = None  # and its version
+        # On the CPU, whatever the ambient default device is; `_basis_on` moves the first.
+        self._basis = random_basis(embedding_size, torch.device("cpu")).clone()
+        self._calls = torch.zeros((), dtype=torch.int64, device="cpu")
         self._proxy_labels: Tensor | None = None  # made where they are wanted
         self._totals: Tensor | None = None  # of the last call
-        self.training_calls = 0
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -162,11 +155,6 @@ class PFMLLoss(nn.Module):
                 f"embeddings must be on the device of the proxies, {self.proxies.device}, "
                 f"got {embeddings.device}: move the loss with .to({str(embeddings.device)!r})"
             )
-        if self.validate or labels.device.type == "cpu":
-            self._check_label_range(labels)
-        if self.validate:
-            _check_finite(embeddings, "embeddings")
-            _check_finite(self.proxies.flatten(0, 1), "proxies")
         if (ref_emb is None) != (ref_labels is None):
             raise ValueError("ref_emb and ref_labels go together, but only one of them was given")
         if ref_emb is not None and ref_labels is not None:
@@ -176,21 +164,26 @@ class PFMLLoss(nn.Module):
                     f"ref_emb must be [R, {self.embedding_size}] on {embeddings.device}, "
                     f"got {list(ref_emb.shape)} on {ref_emb.device}"
                 )
-            if self.validate:
-                _check_finite(ref_emb, "ref_emb")
-        basis = self._basis(embeddings) if self.prune else None
-        value, self._totals = total_energy(
+        basis = self._basis_on(embeddings.device) if self.prune else None
+        if basis is not None and self.training and not torch.compiler.is_exporting():
+            turn_basis(basis, self._calls, embeddings, self.normalize)
+        value, totals = total_energy(
             embeddings,
             torch.cat([labels.to(torch.int64), self._labels_of_proxies()]),
             self.potential,
             proxies=self.proxies.to(torch.promote_types(embeddings.dtype, torch.float32)),
+            classes=self.num_classes,
             unit=self.normalize,
             sources=ref_emb,
             source_labels=ref_labels,
             reduction=self.reduction,
-            backend=self.backend,
+            prune=self.prune,
             basis=basis,
+            backend=self.backend,
+            validate=self.validate,
         )
+        if not torch.compiler.is_exporting():
+            self._totals = None if is_transformed() else totals
         return value
 
     @property
@@ -198,54 +191,49 @@ class PFMLLoss(nn.Module):
         """What the last call found, see the attributes of the class."""
         return None if self._totals is None else Stats.of(self._totals)._asdict()
 
+    @property
+    def sketch_basis(self) -> Tensor:
+        """See the attributes of the class."""
+        return self._basis.clone()
+
+    @sketch_basis.setter
+    def sketch_basis(self, basis: Tensor) -> None:
+        if not isinstance(basis, Tensor) or basis.shape != self._basis.shape:
+            got = list(basis.shape) if isinstance(basis, Tensor) else type(basis).__name__
+            raise ValueError(f"sketch_basis must be {list(self._basis.shape)}, got {got}")
+        self._basis = sound_basis(basis.detach().to(self._basis.device))
+
+    @property
+    def training_calls(self) -> int:
+        """See the attributes of the class."""
+        return int(self._calls)
+
+    @training_calls.setter
+    def training_calls(self, calls: int) -> None:
+        self._calls.fill_(calls)
+
+    def _basis_on(self, device: torch.device) -> Tensor:
+        """The basis of the sketch, from now on on this device.
+
+        Embeddings of a network lie in few directions, all near each other in most others, and
+        proxies in all: so it is the embeddings that the sketch has to tell apart, and that turn it.
+        """
+        if device.type == "meta":
+            return self._basis.to(device)
+        if self._basis.device != device:
+            with torch.inference_mode(False):  # it will be written to
+                self._basis = self._basis.to(device)
+        return self._basis
+
     def _labels_of_proxies(self) -> Tensor:
         """[C M] int64, where the proxies are. No buffer: to_empty() would leave it unfilled."""
         labels, device = self._proxy_labels, self.proxies.device
         if labels is None or labels.device != device:
             classes = torch.arange(self.num_classes, device=device)
-            labels = self._proxy_labels = classes.repeat_interleave(self.proxies_per_class)
+            labels = classes.repeat_interleave(self.proxies_per_class)
+            if not torch.compiler.is_compiling():  # a graph makes them anew
+                self._proxy_labels = labels
         return labels
-
-    @torch.no_grad()
-    def _basis(self, embeddings: Tensor) -> Tensor:
-        """The basis of the sketch; in training, turned now and then.
-
-        Embeddings of a network lie in few directions, all near each other in most others, and
-        proxies in all: so it is the embeddings that the sketch has to tell apart.
-        """
-        basis = self.sketch_basis
-        known, version = self._known_basis or (None, 0)
-        # Moved, cast, written to, or left unfilled by to_empty(): the result must not depend on it.
-        if basis is not known or basis.is_inference() or basis._version != version:
-            basis = sound_basis(basis)
-        # A captured graph would replay the turn every time.
-        capturing = basis.is_cuda and torch.cuda.is_current_stream_capturing()
-        if self.training and not capturing:
-            calls = self.training_calls
-            if calls % _TURN_EVERY == 0 or (calls < _TURN_EVERY and calls & (calls - 1) == 0):
-                # Whatever the ambient autocast dtype is.
-                with torch.autocast(embeddings.device.type, enabled=False):
-                    basis = turned_basis(basis, self._place(embeddings.float()))
-            self.training_calls += 1
-        if basis is not known:
-            buffer = self.sketch_basis
-            if buffer.dtype == basis.dtype and not buffer.is_inference():
-                basis = buffer.copy_(basis)  # in place: a captured graph goes on reading it
-            self.sketch_basis = basis
-            self._known_basis = basis, 0 if basis.is_inference() else basis._version
-        return basis
-
-    def _place(self, points: Tensor) -> Tensor:
-        return nn.functional.normalize(points, dim=1) if self.normalize else points
-
-    def _check_label_range(self, labels: Tensor) -> None:
-        if len(labels) == 0:
-            return
-        low, high = (int(end) for end in torch.aminmax(labels.to(torch.int64)))
-        if low < 0 or high >= self.num_classes:
-            raise ValueError(
-                f"labels must be in [0, {self.num_classes}), got values in [{low}, {high}]"
-            )
 
     def param_groups(
         self, lr: float, proxy_lr_mult: float = 100.0, weight_decay: float = 0.0

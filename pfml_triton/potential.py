@@ -184,7 +184,7 @@ class Split(NamedTuple):
 
     def empty(self, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Buffers for the gradients, where those of all points are `grad` [N, D]."""
-        sizes = (self.b, len(grad) - self.b)
+        sizes = (self.b, grad.shape[0] - self.b)
         first, second = (
             None if dtype is None else grad.new_empty(size, grad.shape[1], dtype=dtype)
             for size, dtype in zip(sizes, self.dtypes, strict=True)

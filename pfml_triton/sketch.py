@@ -58,6 +58,11 @@ _SHRINK = 0.96
 _random_bases: dict[tuple[int, torch.device], Tensor] = {}
 
 
+def is_traced() -> bool:
+    """Does somebody watch the operators that are called, to make a graph or with fake tensors?"""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def sketch_depth(dim: int) -> int:
     """K, the columns of the sketch of points of `dim` dimensions: 16, 32 or 64."""
     return min(MAX_DEPTH, max(16, 1 << (dim + LIFT - 1).bit_length()))
@@ -70,7 +75,7 @@ def accumulation(dim: int) -> float:
 
 def random_basis(dim: int, device: torch.device) -> Tensor:
     """Q [dim, at most 60] bfloat16 for a cloud one knows nothing of: the same every time."""
-    if (dim, device) in _random_bases:
+    if (dim, device) in _random_bases and not is_traced():
         return _random_bases[dim, device]
     width = sketch_depth(dim) - LIFT
     cpu = torch.device("cpu")  # whatever the ambient default device is
@@ -81,7 +86,7 @@ def random_basis(dim: int, device: torch.device) -> Tensor:
         columns = torch.randn(dim, width, generator=generator, dtype=torch.float64, device=cpu)
         columns = _SHRINK * torch.linalg.qr(columns).Q
     basis = columns.to(device, torch.bfloat16, memory_format=torch.contiguous_format)
-    if type(basis) is Tensor:  # not the fake one of a tracer
+    if not is_traced():  # or it may be a fake one
         _random_bases[dim, device] = basis
     return basis
 

@@ -8,7 +8,7 @@ pairs, few in a trained embedding, are computed from the differences of their po
 however near they are. Where many pairs act it is done as a dense tile in float64 instead, all but
 the pairs that are too near even for that.
 
-What its functions are for, `pfml_triton.functional.Backend` says.
+What its functions are for, `pfml_triton.backends.Backend` says.
 
 Never N x N: a product has at most `_BLOCK_PAIRS` entries, or 64 rows. The answers of the filter are
 N^2 / 4096 bytes.
@@ -85,7 +85,7 @@ def gather(
     if rest is not None:
         dtype = torch.promote_types(dtype, rest.dtype)
         x = torch.cat([x.to(dtype), rest.to(dtype)])
-    points, inverse = x.to(dtype), None
+    points, inverse = x.to(dtype).contiguous(), None
     if unit:
         length = torch.linalg.vector_norm(points, dim=1)
         length += length * 0  # NaN where it overflows: the point must not become the origin
@@ -183,16 +183,20 @@ def pull_back(
 ) -> tuple[Tensor | None, Tensor | None]:
     """See `Backend`."""
     factor = (grad_output * ((2 if twice else 1) / pairs) + totals[6]).to(grad.dtype)
-    if points is None or inverse is None:
-        grad = grad * factor
-    else:  # y = x / |x| varies across itself only, but for a length that was EPSILON
-        along = (grad * points).sum(1) * (inverse * EPSILON < 0.999)  # whatever the rounding
-        grad = torch.addcmul(grad, along[:, None], points, value=-1) * (factor * inverse)[:, None]
-    first, second = (
-        None if dtype is None else part.to(dtype)
-        for part, dtype in zip((grad[: split.b], grad[split.b :]), split.dtypes, strict=True)
-    )
-    return first, second
+
+    def scaled(part: slice, dtype: torch.dtype | None) -> Tensor | None:
+        if dtype is None:
+            return None
+        force = grad[part]
+        if points is None or inverse is None:
+            return (force * factor).to(dtype)
+        # y = x / |x| varies across itself only, but for a length that was EPSILON
+        y, shrunk = points[part], inverse[part]
+        along = (force * y).sum(1) * (shrunk * EPSILON < 0.999)  # whatever the rounding
+        force = torch.addcmul(force, along[:, None], y, value=-1)
+        return (force * (factor * shrunk)[:, None]).to(dtype)
+
+    return scaled(slice(split.b), split.dtypes[0]), scaled(slice(split.b, None), split.dtypes[1])
 
 
 def _own_class(acted_on: Cloud, acting: Cloud) -> Tensor:

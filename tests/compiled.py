@@ -77,7 +77,7 @@ def synchronisations(call: str) -> int:
     import torch
 
     from bench import aot
-    from pfml_triton import PFMLLoss, class_potential, functional, potential_energy
+    from pfml_triton import PFMLLoss, backends, class_potential, potential_energy
 
     x = torch.randn(70, 20, device="meta", requires_grad=True)
     labels = torch.zeros(70, dtype=torch.int32, device="meta")
@@ -93,7 +93,7 @@ def synchronisations(call: str) -> int:
         "PFMLLoss": lambda: loss(x.new_empty(70, 64).requires_grad_(), labels),
     }
     with (
-        mock.patch.object(functional._triton_backend, "obstacle", return_value=None),
+        mock.patch.object(backends._triton_backend, "obstacle", return_value=None),
         mock.patch.object(torch, "autocast", return_value=nullcontext()),  # not for meta
         aot.record() as launches,
     ):

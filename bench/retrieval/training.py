@@ -164,7 +164,7 @@ class Training:
         self.network.load_state_dict(state["network"])
         self.loss.load_state_dict(state["loss"])
         if isinstance(self.loss, PFMLLoss):
-            self.loss.sketch_basis.copy_(state["sketch"]["basis"])
+            self.loss.sketch_basis = state["sketch"]["basis"]
             self.loss.training_calls = state["sketch"]["training_calls"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])

@@ -2,7 +2,7 @@
 
 Pack each cloud, filter, forces, total; where lists can be long, count and plan before the forces,
 and join after them. In backward, pull back. No host synchronisation, no atomics, grids that depend
-on shapes only. What the functions are for, `pfml_triton.functional.Backend` says.
+on shapes only. What the functions are for, `pfml_triton.backends.Backend` says.
 """
 
 from __future__ import annotations

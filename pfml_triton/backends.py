@@ -1,0 +1,124 @@
+"""What serves a call: the Triton kernels, or plain torch."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from . import torch_backend
+from .potential import FieldTerms, Potential, Split
+
+try:
+    from .kernels import launch as _triton_backend
+except ImportError:  # Triton has no wheel for this platform: the torch backend serves
+    _triton_backend = None  # type: ignore[assignment]
+
+BACKENDS = ("auto", "triton", "torch")
+
+
+class Backend(Protocol):
+    """What pfml_triton.torch_backend and pfml_triton.kernels.launch both are.
+
+    Each has a cloud of its own, N points in the order of their class.
+    """
+
+    def gather(
+        self,
+        x: Tensor,
+        labels: Tensor,
+        potential: Potential,
+        *,
+        rest: Tensor | None = None,
+        unit: bool = False,
+        basis: Tensor | None = None,
+    ) -> Any:
+        """The cloud of points `x` [B, D], and of `rest` [N - B, D] if given.
+
+        Args:
+            labels: classes [N], int64.
+            rest: more points, float32 or wider; all are then copied in that dtype.
+            unit: whether to scale the points to unit length.
+            basis: [D, at most 60] bfloat16, Q of the sketch that filters tiles; None takes all.
+        """
+
+    def field_terms(
+        self, acted_on: Any, acting: Any, potential: Potential, *, needs_grad: bool
+    ) -> FieldTerms:
+        """What the field of one cloud does to the points of another, or of itself."""
+
+    def total(
+        self,
+        terms: FieldTerms,
+        acted_on: Any,
+        acting: Any,
+        potential: Potential,
+        *,
+        mean: bool = False,
+        before: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The value of the loss, a scalar, and its `TOTALS`, a vector.
+
+        Args:
+            terms: of the field of `acting` on `acted_on`.
+            mean: whether the value is the energy over the number of ordered pairs of distinct
+                points.
+            before: totals of the field of `acted_on` on itself, which are then included.
+        """
+
+    def pull_back(
+        self,
+        grad: Tensor,
+        points: Tensor | None,
+        inverse: Tensor | None,
+        *,
+        grad_output: Tensor,
+        totals: Tensor,
+        split: Split,
+        pairs: int = 1,
+        twice: bool = False,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of what a cloud was gathered from, `x` and `rest`.
+
+        Args:
+            grad: [N, D] of the energy in the points, or of half of it if `twice`.
+            points, inverse: of the cloud, if its points were scaled; else None.
+            grad_output: the derivative in the value of the loss, a scalar.
+            totals: of the energy; they make the gradient NaN if a point was not finite.
+            split: which gradients are wanted, and how they look.
+            pairs: that the energy is divided by.
+        """
+
+
+def backend_for(backend: str, points: Tensor, potential: Potential | None = None) -> Backend:
+    """The backend for some points.
+
+    Args:
+        backend: one of `BACKENDS`.
+        points: any of them.
+        potential: the one whose forces have to fit the backend's numbers.
+
+    Raises:
+        ValueError: a backend that cannot serve here, or that overflows.
+    """
+    # The kernels take constants as float32, even where the interpreter computes in float64.
+    largest = 1e300 if points.dtype == torch.float64 and backend != "triton" else 1e37
+    if potential is not None and potential.max_stiffness > largest:
+        raise ValueError(
+            f"the force of this potential overflows: alpha * min_distance^-(alpha + 2) must be <= "
+            f"{largest:g} for {points.dtype}, got {potential.max_stiffness:.3g} for "
+            f"alpha = {potential.alpha}, min_distance = {potential.min_distance}"
+        )
+    if backend == "torch":
+        return torch_backend
+    obstacle = (
+        f"Triton cannot be imported here ({torch.__version__=})"
+        if _triton_backend is None
+        else _triton_backend.obstacle(points)
+    )
+    if obstacle is None and (backend == "triton" or points.is_cuda):
+        return _triton_backend
+    if backend == "triton":
+        raise ValueError(f'backend="triton" cannot serve: {obstacle}; use backend="torch"')
+    return torch_backend
