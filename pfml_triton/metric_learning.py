@@ -27,18 +27,18 @@ class PFMLLoss(module.PFMLLoss, losses.BaseMetricLossFunction):  # type: ignore[
     """`pfml_triton.PFMLLoss`, with its arguments, values and state, as a loss of that library.
 
     What its trainers and wrappers expect of a loss comes on top: it is a `BaseMetricLossFunction`;
-    labels may be on any device; and its proxies follow the embeddings to theirs. A `distance`, a
-    `reducer` or an `embedding_regularizer` is not taken, and those it inherits are not used.
+    labels may be on any device, though moving them from the CPU waits for a GPU; and its proxies
+    follow the embeddings to theirs. A `distance`, a `reducer` or an `embedding_regularizer` is not
+    taken, and those it inherits are not used.
 
     In `DistributedLossWrapper` every rank computes the field of the gathered batch, and after
-    DistributedDataParallel's averaging the network has the gradient of one process. Of that
-    wrapper's making are three limits, which hold for its own losses too:
+    DistributedDataParallel's averaging the network has the gradient of one process. Three limits:
 
-    - The gradient of the proxies is `world_size` times that of one process. Adam takes no notice;
-      for SGD divide their learning rate. To keep them equal on all ranks put the wrapper into
-      DistributedDataParallel.
-    - All ranks need batches of the same size.
-    - `efficient=True` is refused: it takes from a rank the forces of its points on the others'.
+    - The gradient of the proxies is `world_size` times that of one process, as that of the
+      library's own losses is. Adam takes no notice; for SGD divide the learning rate by it. To
+      keep the proxies equal on all ranks put the wrapper into DistributedDataParallel.
+    - All ranks need batches of one size, as the library gathers them.
+    - `efficient=True` is refused: forces between ranks would count half as much as others.
     """
 
     def forward(

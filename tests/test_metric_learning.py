@@ -162,8 +162,9 @@ def test_the_memory_adds_its_field(size: int, masked: bool) -> None:
         assert not grads[0][queued].any()
 
 
-def test_a_batch_that_fills_the_memory_is_all_there_is() -> None:
-    loss = PFMLLoss(C, D, M, **POTENTIAL)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_batch_that_fills_the_memory_is_all_there_is(backend: str) -> None:
+    loss = PFMLLoss(C, D, M, **POTENTIAL, backend=backend)
     memory = CrossBatchMemory(loss, D, B)
     for _ in range(3):
         x, labels = batch()
@@ -326,6 +327,7 @@ def test_trainers_and_testers(
 
 
 CASES = ("batch", "mean", "references", "memory", "mask")
+WRAPPED = ("batch", "memory")  # the loss is in DistributedDataParallel
 
 
 def gradients(case: str, world: int, rank: int | None) -> dict[str, torch.Tensor]:
@@ -337,7 +339,7 @@ def gradients(case: str, world: int, rank: int | None) -> dict[str, torch.Tensor
     model, criterion = network, CrossBatchMemory(loss, D, 2 * world * B) if remembers else loss
     if rank is not None:
         model, criterion = DistributedDataParallel(network), DistributedLossWrapper(criterion)
-        if case == "batch":
+        if case in WRAPPED:
             criterion = DistributedDataParallel(criterion)
     mine = slice(None) if rank is None else slice(rank * B, (rank + 1) * B)
     for _ in range(4):
@@ -396,7 +398,7 @@ def test_many_processes_are_one(ranks: list[dict[str, Any]], case: str) -> None:
             expected = factor * true[name]
             error = (found[case][name] - expected).abs().max() / expected.abs().max()
             assert error < tolerance, name
-    if case == "batch":  # where the loss is in DistributedDataParallel
+    if case in WRAPPED:
         assert all(
             torch.equal(found[case]["proxies"], ranks[0][case]["proxies"]) for found in ranks
         )
