@@ -125,7 +125,7 @@ except ModuleNotFoundError as error:
     print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.stderr == ""
+    assert done.returncode == 0, done.stderr
     assert "which is not installed: pip install pytorch-metric-learning" in done.stdout
 
 
