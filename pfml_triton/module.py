@@ -186,6 +186,11 @@ class PFMLLoss(nn.Module):
             self._totals = None if is_transformed() else totals
         return value
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies; torch.multiprocessing would have processes share what is written in place."""
+        own = {"_basis": self._basis.clone(), "_calls": self._calls.clone()}
+        return self.__dict__ | own
+
     @property
     def last_stats(self) -> dict[str, Tensor] | None:
         """What the last call found, see the attributes of the class."""
