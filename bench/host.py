@@ -64,11 +64,11 @@ def run(settings: HostSettings, out: Path, console: Console | None = None) -> Ro
     size = SIZES[settings.size]
     cloud = make_cloud(size, settings.seed)
     loss = PFMLLoss(size.classes, size.depth, size.proxies, backend="triton")
+    loss.training_calls = 101  # from now on one in a hundred turns the basis
     embeddings = cloud.embeddings.clone().requires_grad_()
 
     def step() -> None:
         embeddings.grad = loss.proxies.grad = None  # as optimizer.zero_grad() leaves them
-        loss.training_calls = 101  # between two turns of the basis
         loss(embeddings, cloud.batch_labels).backward()
 
     with _launches_stubbed() as launched:

@@ -55,16 +55,18 @@ class Backend(Protocol):
         acting: Any,
         potential: Potential,
         *,
-        mean: bool = False,
+        among: bool,
+        pairs: int = 1,
         before: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The value of the loss, a scalar, and its `TOTALS`, a vector.
 
         Args:
             terms: of the field of `acting` on `acted_on`.
-            mean: whether the value is the energy over the number of ordered pairs of distinct
-                points.
-            before: totals of the field of `acted_on` on itself, which are then included.
+            among: whether the points of `acted_on` are among those of `acting`: then each meets
+                itself, which is no pair.
+            pairs: that the energy is divided by.
+            before: totals of another field on `acted_on`, which are then included.
         """
 
     def pull_back(

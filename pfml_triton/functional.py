@@ -34,8 +34,8 @@ class Stats(NamedTuple):
     @classmethod
     def of(cls, totals: Tensor) -> Stats:
         """The stats in a vector of `TOTALS`."""
-        energy, attracting, repelling, distance, share = totals[: len(cls._fields)]
-        return cls(energy, attracting.long(), repelling.long(), distance, share)
+        energy, attracting, repelling, distance, active, *_, tiles = totals
+        return cls(energy, attracting.long(), repelling.long(), distance, active / tiles.clamp(1))
 
 
 def potential_energy(
@@ -109,6 +109,8 @@ def total_energy(
     unit: bool = False,
     sources: Tensor | None = None,
     source_labels: Tensor | None = None,
+    everyone: Tensor | None = None,
+    everyone_labels: Tensor | None = None,
     reduction: str = "sum",
     prune: bool = True,
     basis: Tensor | None = None,
@@ -123,12 +125,15 @@ def total_energy(
         proxies: [C, M, D], which make N points with those, at least as wide and float32.
         classes: C, if the labels of the points have to be in [0, C).
         unit: whether all points are scaled to unit length.
+        everyone, everyone_labels: [A, D] and [A] int64, all points of the field, if those above
+            are a part of it: the value is then that part's share of the energy, and the gradient
+            that of all of it. At least float32.
         basis: [D, at most 60] bfloat16, a sound one of pfml_triton.sketch; None takes a random one.
     """
     value, totals, *_ = operators.potential_energy(
         points, _int64(labels), proxies, sources,
-        None if source_labels is None else _int64(source_labels), basis, *_numbers(potential),
-        unit, reduction == "mean", prune, backend, classes, validate,
+        None if source_labels is None else _int64(source_labels), everyone, everyone_labels,
+        basis, *_numbers(potential), unit, reduction == "mean", prune, backend, classes, validate,
         gets_gradient(points), gets_gradient(proxies), gets_gradient(sources),
     )  # fmt: skip
     return value, totals

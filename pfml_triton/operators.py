@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .backends import Backend, backend_for
-from .potential import Potential, Split, active_energy, nan_unless_finite, rest_energy
+from .potential import TOTALS, Potential, Split, active_energy, nan_unless_finite, rest_energy
 from .sketch import is_traced, random_basis, turned_basis
 
 _TURN_EVERY = 100  # training calls between two steps of the sketch's basis, after the first ones
@@ -54,9 +54,9 @@ class _PotentialEnergy(torch.autograd.Function):
 
     schema = (
         "potential_energy(Tensor points, Tensor labels, Tensor? proxies, Tensor? sources, "
-        "Tensor? source_labels, Tensor? basis, float alpha, float delta, float delta_rep, "
-        "float min_distance, bool unit, bool mean, bool prune, str backend, int? classes, "
-        "bool validate, bool needs_points, bool needs_proxies, bool needs_sources) -> "
+        "Tensor? source_labels, Tensor? everyone, Tensor? everyone_labels, Tensor? basis, "
+        "float alpha, float delta, float delta_rep, float min_distance, bool unit, bool mean, "
+        "bool prune, str backend, int? classes, bool validate, bool needs_points, bool needs_proxies, bool needs_sources) -> "
         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     )
 
@@ -67,6 +67,8 @@ class _PotentialEnergy(torch.autograd.Function):
         proxies: Tensor | None,  # [C, M, D]
         sources: Tensor | None,  # [S, D]
         source_labels: Tensor | None,  # [S] int64
+        everyone: Tensor | None,  # [A, D], all points of the field, where those above are a part
+        everyone_labels: Tensor | None,  # [A] int64
         basis: Tensor | None,  # [D, at most 60] bfloat16, sound; None takes a random one
         alpha: float,
         delta: float,
@@ -95,11 +97,14 @@ class _PotentialEnergy(torch.autograd.Function):
         place: dict[str, Any] = {"unit": unit, "basis": basis if prune else None}
         rest = None if proxies is None else proxies.flatten(0, 1)
         needs_grad = needs_points or needs_proxies
+        pairs = max(_pairs(labels, sources, everyone), 1) if mean else 1
 
         def energy(served: Backend) -> tuple[Tensor | None, ...]:
-            cloud = served.gather(points, labels, potential, rest=rest, **place)
-            terms = served.field_terms(cloud, cloud, potential, needs_grad=needs_grad)
-            value, totals = served.total(terms, cloud, cloud, potential, mean=mean)
+            whole = cloud = served.gather(points, labels, potential, rest=rest, **place)
+            if everyone is not None and everyone_labels is not None:
+                whole = served.gather(everyone, everyone_labels, potential, **place)
+            terms = served.field_terms(cloud, whole, potential, needs_grad=needs_grad)
+            value, totals = served.total(terms, cloud, whole, potential, among=True, pairs=pairs)
             placed = (cloud.points, cloud.inverse) if unit and needs_grad else (None, None)
             if sources is None or source_labels is None:
                 return value, totals, terms.grad, *placed, None, None, None
@@ -108,11 +113,13 @@ class _PotentialEnergy(torch.autograd.Function):
             )
             grad, of_sources = terms.grad, (None, None, None)
             terms = served.field_terms(cloud, acting, potential, needs_grad=needs_grad)
-            value, totals = served.total(terms, cloud, acting, potential, mean=mean, before=totals)
+            value, totals = served.total(
+                terms, cloud, acting, potential, among=False, pairs=pairs, before=totals
+            )
             if grad is not None and terms.grad is not None:
                 grad = grad.mul_(2).add_(terms.grad)
             if needs_sources:
-                back = served.field_terms(acting, cloud, potential, needs_grad=True).grad
+                back = served.field_terms(acting, whole, potential, needs_grad=True).grad
                 of_sources = back, *((acting.points, acting.inverse) if unit else (None, None))
             return value, totals, grad, *placed, *of_sources
 
@@ -122,7 +129,7 @@ class _PotentialEnergy(torch.autograd.Function):
     def fake(
         points: Tensor, labels: Tensor, proxies: Tensor | None, sources: Tensor | None, *args: Any
     ) -> tuple[Tensor | None, ...]:
-        unit, (needs_points, needs_proxies, needs_sources) = args[6], args[-3:]
+        unit, (needs_points, needs_proxies, needs_sources) = args[8], args[-3:]
         real = torch.promote_types(points.dtype, torch.float32)
         if proxies is not None:
             real = torch.promote_types(real, proxies.dtype)
@@ -137,17 +144,17 @@ class _PotentialEnergy(torch.autograd.Function):
 
         return (
             points.new_empty((), dtype=real),
-            points.new_empty(7, dtype=torch.float64),
+            points.new_empty(len(TOTALS), dtype=torch.float64),
             *of_cloud(labels.shape[0], needs_points or needs_proxies),
             *of_cloud(0 if sources is None else sources.shape[0], needs_sources),
         )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        points, labels, proxies, sources, *_ = inputs
-        ctx.unit, ctx.mean, _, ctx.backend = inputs[10:14]
+        points, labels, proxies, sources, _, everyone = inputs[:6]
+        ctx.unit, mean, _, ctx.backend = inputs[12:16]
         ctx.needs = inputs[-3:]
-        ctx.size = labels.shape[0]
+        ctx.pairs = _pairs(labels, sources, everyone) if mean else 1
         # The inputs are saved as well, so that a change of them in place is an error.
         ctx.save_for_backward(points, proxies, sources, *output[1:])
         ctx.mark_non_differentiable(*(t for t in output[1:] if t is not None))
@@ -157,12 +164,10 @@ class _PotentialEnergy(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         points, proxies, sources, totals, *found = ctx.saved_tensors
         if grad_output is None:
-            return (None,) * 19
-        n = ctx.size
+            return (None,) * 21
         # The field is mutual: x_i stands in row i and in column i of U. Its gradient is doubled
         # here, which saves a pass over it, unless it was when that of the sources joined it.
-        pairs = n * (n - 1) + (0 if sources is None else n * sources.shape[0])
-        pairs, twice = pairs if ctx.mean else 1, sources is None
+        twice = sources is None
         needs_points, needs_proxies, needs_sources = ctx.needs
         first = second = third = None
         of_cloud = partial(_pull_back, points, proxies, sources, grad_output, totals)
@@ -172,11 +177,11 @@ class _PotentialEnergy(torch.autograd.Function):
         if needs_points or needs_proxies:
             first, second = of_cloud(
                 *of_points, points.shape[0], points.dtype if needs_points else None,
-                proxies.dtype if needs_proxies else None, pairs, twice, ctx.backend,
+                proxies.dtype if needs_proxies else None, ctx.pairs, twice, ctx.backend,
             )  # fmt: skip
         if needs_sources:
             third, _ = of_cloud(
-                *of_sources, sources.shape[0], sources.dtype, None, pairs, False, ctx.backend
+                *of_sources, sources.shape[0], sources.dtype, None, ctx.pairs, False, ctx.backend
             )
         first = first if needs_points else None
         second = second.view(proxies.shape) if second is not None and needs_proxies else None
@@ -185,7 +190,7 @@ class _PotentialEnergy(torch.autograd.Function):
                 None if g is None else _OnceDifferentiable.apply(g, points, proxies, sources)
                 for g in (first, second, third)
             )
-        return first, None, second, third, *(None,) * 15
+        return first, None, second, third, *(None,) * 17
 
 
 class _PullBack(torch.autograd.Function):
@@ -352,6 +357,12 @@ def turn_basis(basis: Tensor, calls: Tensor, points: Tensor, unit: bool) -> None
         torch.ops.pfml_triton.turn_basis(basis, calls, points.detach(), unit)
     else:
         _turn_basis(basis, calls, points, unit)
+
+
+def _pairs(labels: Tensor, sources: Tensor | None, everyone: Tensor | None) -> int:
+    """The ordered pairs of distinct points, and those of a point and a source."""
+    n = labels.shape[0] if everyone is None else everyone.shape[0]
+    return n * (n - 1) + (0 if sources is None else n * sources.shape[0])
 
 
 def _check_range(labels: Tensor, classes: int) -> None:

@@ -169,10 +169,11 @@ TOTALS = (
     "attracting_pairs",
     "repelling_pairs",
     "smallest_distance",  # of repelling pairs; inf if none
-    "active_share",  # of tiles
+    "active_tiles",  # of pairs, those that the filter lets through
     "energy",  # of all pairs of distinct points, the constants of those at rest included
     "nothing",  # 0; NaN if a point, or its squared norm in float32, is not finite: it is near to
     # nothing and exerts no force, so that without this it would vanish instead of showing
+    "tiles",
 )
 
 

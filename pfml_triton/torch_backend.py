@@ -143,31 +143,28 @@ def total(
     acting: Cloud,
     potential: Potential,
     *,
-    mean: bool = False,
+    among: bool,
+    pairs: int = 1,
     before: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `Backend`."""
-    n, m, mutual = len(acted_on), len(acting), acting is acted_on
-    pairs = n * (m - 1) if mutual else n * m
-    own_class = terms.own_class.sum() - (n if mutual else 0)
+    n, m = len(acted_on), len(acting)
+    selves = n if among else 0
+    own_class = terms.own_class.sum() - selves
     above = active_energy(terms, potential).sum()
-    at_rest = rest_energy(own_class, pairs, potential)
+    energy = above + rest_energy(own_class, n * m - selves, potential)
     nothing = nan_unless_finite(acted_on.points).sum()
-    if not mutual:
+    if acting is not acted_on:
         nothing = nothing + nan_unless_finite(acting.points).sum()
     nearest = torch.nn.functional.pad(terms.nearest, (0, 1), value=torch.inf).amin().sqrt()
-    share = terms.active.sum() / max(terms.tiles, 1)
-    found = (above, terms.attracting.sum(), terms.repelling.sum(), nearest, share)
-    totals = torch.stack([t.double() for t in (*found, above + at_rest, nothing)])
+    found = (above, terms.attracting.sum(), terms.repelling.sum(), nearest, terms.active.sum())
+    tiles = above.new_tensor(terms.tiles)
+    totals = torch.stack([t.double() for t in (*found, energy, nothing, tiles)])
     if before is not None:
-        pairs += n * (n - 1)
-        joined = before + totals
-        joined[3] = torch.minimum(before[3], totals[3])
-        joined[4] = (before[4] * n + totals[4] * m) / max(n + m, 1)
-        totals = joined
-    energy, nothing = totals[5:]
-    value = energy / max(pairs, 1) if mean else energy
-    return (value + nothing).to(acted_on.points.dtype), totals
+        nearest = torch.minimum(before[3], totals[3])
+        totals = before + totals
+        totals[3] = nearest
+    return (totals[5] / pairs + totals[6]).to(acted_on.points.dtype), totals
 
 
 def pull_back(

@@ -51,7 +51,7 @@ def machine_code(shape: Shape, alpha: float = 3.0) -> dict[str, Any]:
                 points, labels, potential, rest=rest, unit=is_placed, basis=basis, tiles=tiles
             )
             terms = launch.field_terms(cloud, cloud, potential, needs_grad=needs_grad)
-            value, totals = launch.total(terms, cloud, cloud, potential)
+            value, totals = launch.total(terms, cloud, cloud, potential, among=True)
             if is_placed and terms.grad is not None:
                 split = Split(100, (points.dtype, torch.float32))
                 launch.pull_back(

@@ -60,7 +60,7 @@ def arguments(
             tensor.requires_grad_(need)
     labels = torch.cat([LABELS[:n], torch.arange(6) // 2]) if proxies else LABELS[:n]
     return (
-        x, labels, p, s, LABELS[9:] if sources else None, None, 3.0, 0.5, 0.8, 0.01,
+        x, labels, p, s, LABELS[9:] if sources else None, None, None, None, 3.0, 0.5, 0.8, 0.01,
         unit, mean, prune, backend, 3 if proxies else None, False, *wanted,
     )  # fmt: skip
 

@@ -228,7 +228,8 @@ def total(
     acting: Cloud,
     potential: Potential,
     *,
-    mean: bool = False,
+    among: bool,
+    pairs: int = 1,
     before: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `Backend`."""
@@ -243,8 +244,8 @@ def total(
             terms.energy, terms.attracting, terms.repelling, terms.own_class, terms.nearest,
             terms.active, acted_on.sq_norm, acting.sq_norm,
             totals if before is None else before, value, totals,
-            len(acted_on), len(acting), terms.active.shape[0], terms.tiles, *constants,
-            MUTUAL=acting is acted_on, AFTER=before is not None, MEAN=mean,
+            len(acted_on), len(acting), terms.active.shape[0], terms.tiles, pairs, *constants,
+            AMONG=among, OTHERS=acting is not acted_on, AFTER=before is not None,
             BLOCK=1024, num_warps=8, **FUSED,
         )  # fmt: skip
     return value, totals

@@ -12,7 +12,7 @@ def _float64(high, low):
     return tl.cast(high, tl.float64) + tl.cast(low, tl.float64)
 
 
-@triton.jit(do_not_specialize=["N", "M", "tiles_x", "tiles"])
+@triton.jit(do_not_specialize=["N", "M", "tiles_x", "tiles", "pairs"])
 def _total_kernel(
     energy_ptr,  # [N], by point, as the forces kernel left them
     attracting_ptr,  # [N] int32
@@ -22,21 +22,21 @@ def _total_kernel(
     active_ptr,  # [tiles_x] int32
     x_sq_norm_ptr,  # [N], not finite where a point is not
     y_sq_norm_ptr,  # [M]
-    before_ptr,  # [7] float64, if AFTER: the totals of another field on the same points
-    value_ptr,  # [1] out, the energy, over the number of pairs if MEAN; NaN if a point is not
-    # finite
-    totals_ptr,  # [7] float64 out, see potential.TOTALS
+    before_ptr,  # [8] float64, if AFTER: the totals of another field on the same points
+    value_ptr,  # [1] out, the energy over `pairs`; NaN if a point is not finite
+    totals_ptr,  # [8] float64 out, see potential.TOTALS
     N,
     M,
     tiles_x,
     tiles,  # of pairs
+    pairs,  # that the energy is divided by
     att_high,  # psi of a saturated pair of one class
     att_low,
     rep_high,  # of two classes
     rep_low,
-    MUTUAL: tl.constexpr,  # is a point among those that act on it?
+    AMONG: tl.constexpr,  # is a point among those that act on it?
+    OTHERS: tl.constexpr,  # is what acts another cloud, to be looked at as well?
     AFTER: tl.constexpr,
-    MEAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program, in the order of the points: the same sum every time."""
@@ -61,8 +61,7 @@ def _total_kernel(
         near = tl.load(nearest_ptr + row, mask=there, other=float("inf"))
         nearest = tl.minimum(nearest, near)
         nothing += tl.load(x_sq_norm_ptr + row, mask=there, other=0.0).to(tl.float64) * 0
-    pairs = tl.cast(N, tl.int64) * (M - 1 if MUTUAL else M)
-    if not MUTUAL:
+    if OTHERS:
         for first in range(0, M, BLOCK):
             row = first + i
             nothing += tl.load(y_sq_norm_ptr + row, mask=row < M, other=0.0).to(tl.float64) * 0
@@ -74,29 +73,29 @@ def _total_kernel(
     attractions = tl.sum(attracting, 0).to(tl.float64)
     repulsions = tl.sum(repelling, 0).to(tl.float64)
     distance = tl.sqrt(tl.min(nearest, 0).to(tl.float64))
-    share = tl.sum(active, 0).to(tl.float64) / tl.maximum(tl.cast(tiles, tl.float64), 1.0)
-    of_class = tl.sum(own_class, 0) - (N if MUTUAL else 0)
+    let_through = tl.sum(active, 0).to(tl.float64)
+    all_tiles = tl.cast(tiles, tl.float64)
+    of_class = tl.sum(own_class, 0) - (N if AMONG else 0)
+    of_others = tl.cast(N, tl.int64) * (M - 1 if AMONG else M) - of_class
     total = above + of_class.to(tl.float64) * att_constant
-    total += (pairs - of_class).to(tl.float64) * rep_constant
+    total += of_others.to(tl.float64) * rep_constant
     none = tl.sum(nothing, 0)
     if AFTER:
         above += tl.load(before_ptr)
         attractions += tl.load(before_ptr + 1)
         repulsions += tl.load(before_ptr + 2)
         distance = tl.minimum(distance, tl.load(before_ptr + 3))
-        others = tl.load(before_ptr + 4) * tl.cast(N, tl.float64)
-        both = tl.maximum(tl.cast(N + M, tl.float64), 1.0)
-        share = (others + share * tl.cast(M, tl.float64)) / both
+        let_through += tl.load(before_ptr + 4)
         total += tl.load(before_ptr + 5)
         none += tl.load(before_ptr + 6)
-        pairs += tl.cast(N, tl.int64) * (N - 1)
+        all_tiles += tl.load(before_ptr + 7)
     tl.store(totals_ptr, above)
     tl.store(totals_ptr + 1, attractions)
     tl.store(totals_ptr + 2, repulsions)
     tl.store(totals_ptr + 3, distance)
-    tl.store(totals_ptr + 4, share)
+    tl.store(totals_ptr + 4, let_through)
     tl.store(totals_ptr + 5, total)
     tl.store(totals_ptr + 6, none)
-    if MEAN:
-        total = total / tl.maximum(pairs, 1).to(tl.float64)
+    tl.store(totals_ptr + 7, all_tiles)
+    total = total / tl.cast(pairs, tl.float64)
     tl.store(value_ptr, (total + none).to(value_ptr.dtype.element_ty))
