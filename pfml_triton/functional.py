@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from . import torch_backend
 from .potential import (
     FieldTerms,
     Potential,
@@ -23,12 +22,8 @@ from .potential import (
     nan_unless_finite,
     rest_energy,
 )
+from .serving import served
 from .sketch import random_basis
-
-try:
-    from .kernels import launch as _triton_backend
-except ImportError:  # Triton has no wheel for this platform: the torch backend serves
-    _triton_backend = None  # type: ignore[assignment]
 
 BACKENDS = ("auto", "triton", "torch")
 REDUCTIONS = ("sum", "mean")
@@ -139,7 +134,7 @@ class _Field(NamedTuple):
     unit: bool
     mean: bool
     basis: Tensor | None
-    backend: Backend
+    backend: str
     records: bool  # is autograd at work?
 
 
@@ -233,7 +228,7 @@ def total_energy(
     field = _Field(
         labels.to(torch.int64).contiguous(),
         None if source_labels is None else source_labels.to(torch.int64).contiguous(),
-        potential, unit, reduction == "mean", basis, _choose_backend(backend, points, potential),
+        potential, unit, reduction == "mean", basis, _check_backend(backend, points, potential),
         torch.is_grad_enabled(),
     )  # fmt: skip
     value, totals = _PotentialEnergy.apply(points, proxies, sources, field)
@@ -289,7 +284,7 @@ def class_potential(
         _check_finite(points, "points")
     field = _Field(
         labels.to(torch.int64).contiguous(), None, potential, False, False,
-        _chosen_basis(prune, queries), _choose_backend(backend, queries, potential),
+        _chosen_basis(prune, queries), _check_backend(backend, queries, potential),
         torch.is_grad_enabled(),
     )  # fmt: skip
     value: Tensor = _ClassPotential.apply(queries, points, class_index, field)
@@ -301,8 +296,20 @@ class _PotentialEnergy(torch.autograd.Function):
     def forward(
         ctx: Any, points: Tensor, proxies: Tensor | None, sources: Tensor | None, field: _Field
     ) -> tuple[Tensor, Tensor]:
+        compute = partial(_PotentialEnergy._forward, ctx, points, proxies, sources, field)
+        return served(field.backend, points, compute)
+
+    @staticmethod
+    def _forward(
+        ctx: Any,
+        points: Tensor,
+        proxies: Tensor | None,
+        sources: Tensor | None,
+        field: _Field,
+        backend: Backend,
+    ) -> tuple[Tensor, Tensor]:
         needs = [field.records and need for need in ctx.needs_input_grad[:3]]
-        backend, potential = field.backend, field.potential
+        potential = field.potential
         rest = None if proxies is None else proxies.flatten(0, 1)
         cloud = backend.gather(
             points, field.labels, potential, rest=rest, unit=field.unit, basis=field.basis
@@ -331,7 +338,7 @@ class _PotentialEnergy(torch.autograd.Function):
             ctx.twice = False
             ctx.pairs += n * len(sources)
         ctx.pairs = max(ctx.pairs, 1) if field.mean else 1
-        ctx.backend = backend
+        ctx.backend = field.backend
         ctx.dtypes = [
             x.dtype if x is not None and need else None
             for x, need in zip((points, proxies, sources), needs, strict=True)
@@ -353,9 +360,11 @@ class _PotentialEnergy(torch.autograd.Function):
         points, proxies, sources, totals, *saved = ctx.saved_tensors
         if grad_output is None:
             return None, None, None, None
-        of_cloud = partial(
-            ctx.backend.pull_back, grad_output=grad_output, totals=totals, pairs=ctx.pairs
-        )
+
+        def of_cloud(*of: Any, **how: Any) -> tuple[Tensor | None, Tensor | None]:
+            how |= {"grad_output": grad_output, "totals": totals, "pairs": ctx.pairs}
+            return served(ctx.backend, points, lambda backend: backend.pull_back(*of, **how))
+
         first = second = third = None
         grad, placed, inverse, source_grad, source_placed, source_inverse = saved
         if grad is not None:
@@ -365,7 +374,7 @@ class _PotentialEnergy(torch.autograd.Function):
             second = second.view(proxies.shape)
         if source_grad is not None:
             split = Split(len(source_grad), (ctx.dtypes[2], None))
-            third, _ = of_cloud(source_grad, source_placed, source_inverse, split=split)
+            third = of_cloud(source_grad, source_placed, source_inverse, split=split)[0]
         if torch.is_grad_enabled():
             first, second, third = (
                 None if g is None else _OnceDifferentiable.apply(g, points, proxies, sources)
@@ -379,7 +388,14 @@ class _ClassPotential(torch.autograd.Function):
     def forward(
         ctx: Any, queries: Tensor, points: Tensor, class_index: int, field: _Field
     ) -> Tensor:
-        backend, potential = field.backend, field.potential
+        compute = partial(_ClassPotential._forward, ctx, queries, points, class_index, field)
+        return served(field.backend, queries, compute)
+
+    @staticmethod
+    def _forward(
+        ctx: Any, queries: Tensor, points: Tensor, class_index: int, field: _Field, backend: Backend
+    ) -> Tensor:
+        potential = field.potential
         of_class = field.labels.new_full((len(queries),), class_index)
         acted_on = backend.gather(queries, of_class, potential, basis=field.basis)
         acting = backend.gather(points, field.labels, potential, basis=field.basis)
@@ -425,7 +441,7 @@ def _chosen_basis(prune: bool, points: Tensor) -> Tensor | None:
     return random_basis(points.shape[1], points.device) if prune else None
 
 
-def _choose_backend(backend: str, points: Tensor, potential: Potential) -> Backend:
+def _check_backend(backend: str, points: Tensor, potential: Potential) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     # The kernels take constants as float32, even where the interpreter computes in float64.
@@ -436,18 +452,7 @@ def _choose_backend(backend: str, points: Tensor, potential: Potential) -> Backe
             f"{largest:g} for {points.dtype}, got {potential.max_stiffness:.3g} for "
             f"alpha = {potential.alpha}, min_distance = {potential.min_distance}"
         )
-    if backend == "torch":
-        return torch_backend
-    obstacle = (
-        f"Triton cannot be imported here ({torch.__version__=})"
-        if _triton_backend is None
-        else _triton_backend.obstacle(points)
-    )
-    if obstacle is None and (backend == "triton" or points.is_cuda):
-        return _triton_backend
-    if backend == "triton":
-        raise ValueError(f'backend="triton" cannot serve: {obstacle}; use backend="torch"')
-    return torch_backend
+    return backend
 
 
 def _check_potential(potential: Potential | None) -> Potential:
