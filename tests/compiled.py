@@ -205,16 +205,19 @@ def launched_on_a_chip(shared_memory: int) -> tuple[list[str], str]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import JITFunction, driver
 
-    from pfml_triton import potential_energy
-    from pfml_triton.kernels import launch
+    from pfml_triton import potential_energy, serving
+    from pfml_triton.kernels import launch, tuning
 
+    for known in (serving._refused, serving._told):
+        known.clear()
+    tuning.forget()
     ran: list[str] = []
 
     def launcher(source: Any, metadata: Any) -> Any:
         return lambda *_: ran.append(metadata.name)
 
     chip = SimpleNamespace(
-        get_current_device=lambda: 0,
+        get_current_device=lambda: shared_memory,  # Triton keeps the memory of a device
         get_current_stream=lambda _: 0,
         get_current_target=lambda: GPUTarget("cuda", 90, 32),
         launcher_cls=launcher,
