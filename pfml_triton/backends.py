@@ -1,28 +1,16 @@
-"""What serves a call: the Triton kernels, or plain torch."""
+"""What a backend is: pfml_triton.kernels.launch and pfml_triton.torch_backend."""
 
 from __future__ import annotations
 
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
-from . import torch_backend
 from .potential import FieldTerms, Potential, Split
-
-try:
-    from .kernels import launch as _triton_backend
-except ImportError:  # Triton has no wheel for this platform: the torch backend serves
-    _triton_backend = None  # type: ignore[assignment]
-
-BACKENDS = ("auto", "triton", "torch")
 
 
 class Backend(Protocol):
-    """What pfml_triton.torch_backend and pfml_triton.kernels.launch both are.
-
-    Each has a cloud of its own, N points in the order of their class.
-    """
+    """Each has a cloud of its own, N points in the order of their class."""
 
     def gather(
         self,
@@ -91,36 +79,3 @@ class Backend(Protocol):
             split: which gradients are wanted, and how they look.
             pairs: that the energy is divided by.
         """
-
-
-def backend_for(backend: str, points: Tensor, potential: Potential | None = None) -> Backend:
-    """The backend for some points.
-
-    Args:
-        backend: one of `BACKENDS`.
-        points: any of them.
-        potential: the one whose forces have to fit the backend's numbers.
-
-    Raises:
-        ValueError: a backend that cannot serve here, or that overflows.
-    """
-    # The kernels take constants as float32, even where the interpreter computes in float64.
-    largest = 1e300 if points.dtype == torch.float64 and backend != "triton" else 1e37
-    if potential is not None and potential.max_stiffness > largest:
-        raise ValueError(
-            f"the force of this potential overflows: alpha * min_distance^-(alpha + 2) must be <= "
-            f"{largest:g} for {points.dtype}, got {potential.max_stiffness:.3g} for "
-            f"alpha = {potential.alpha}, min_distance = {potential.min_distance}"
-        )
-    if backend == "torch":
-        return torch_backend
-    obstacle = (
-        f"Triton cannot be imported here ({torch.__version__=})"
-        if _triton_backend is None
-        else _triton_backend.obstacle(points)
-    )
-    if obstacle is None and (backend == "triton" or points.is_cuda):
-        return _triton_backend
-    if backend == "triton":
-        raise ValueError(f'backend="triton" cannot serve: {obstacle}; use backend="torch"')
-    return torch_backend

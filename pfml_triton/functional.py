@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from . import operators
-from .backends import BACKENDS
 from .operators import gets_gradient
 from .potential import Potential
+from .serving import BACKENDS
 
 REDUCTIONS = ("sum", "mean")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -130,6 +130,7 @@ def total_energy(
             that of all of it. At least float32.
         basis: [D, at most 60] bfloat16, a sound one of pfml_triton.sketch; None takes a random one.
     """
+    _check_force(potential, points, backend)
     value, totals, *_ = operators.potential_energy(
         points, _int64(labels), proxies, sources,
         None if source_labels is None else _int64(source_labels), everyone, everyone_labels,
@@ -184,6 +185,7 @@ def class_potential(
             "gradient: pass points.detach(), or call it under torch.no_grad()"
         )
     _check_options(backend, prune=prune, validate=validate)
+    _check_force(potential, queries, backend)
     psi: Tensor
     psi, *_ = operators.class_potential(
         queries, points, _int64(labels), class_index, *_numbers(potential),
@@ -208,6 +210,17 @@ def _check_options(backend: str, **flags: bool) -> None:
     for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise TypeError(f"{name} must be a bool, got {flag!r}")
+
+
+def _check_force(potential: Potential, points: Tensor, backend: str) -> None:
+    # The kernels take constants as float32, even where the interpreter computes in float64.
+    largest = 1e300 if points.dtype == torch.float64 and backend != "triton" else 1e37
+    if potential.max_stiffness > largest:
+        raise ValueError(
+            f"the force of this potential overflows: alpha * min_distance^-(alpha + 2) must be <= "
+            f"{largest:g} for {points.dtype}, got {potential.max_stiffness:.3g} for "
+            f"alpha = {potential.alpha}, min_distance = {potential.min_distance}"
+        )
 
 
 def _check_potential(potential: Potential | None) -> Potential:

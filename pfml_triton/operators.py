@@ -23,8 +23,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import Backend, backend_for
-from .potential import TOTALS, Potential, Split, active_energy, nan_unless_finite, rest_energy
+from .backends import Backend
+from .potential import (
+    TOTALS,
+    FieldTerms,
+    Potential,
+    Split,
+    active_energy,
+    nan_unless_finite,
+    rest_energy,
+)
+from .serving import served
 from .sketch import is_traced, random_basis, turned_basis
 
 _TURN_EVERY = 100  # training calls between two steps of the sketch's basis, after the first ones
@@ -56,7 +65,8 @@ class _PotentialEnergy(torch.autograd.Function):
         "potential_energy(Tensor points, Tensor labels, Tensor? proxies, Tensor? sources, "
         "Tensor? source_labels, Tensor? everyone, Tensor? everyone_labels, Tensor? basis, "
         "float alpha, float delta, float delta_rep, float min_distance, bool unit, bool mean, "
-        "bool prune, str backend, int? classes, bool validate, bool needs_points, bool needs_proxies, bool needs_sources) -> "
+        "bool prune, str backend, int? classes, bool validate, bool needs_points, "
+        "bool needs_proxies, bool needs_sources) -> "
         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     )
 
@@ -99,31 +109,29 @@ class _PotentialEnergy(torch.autograd.Function):
         needs_grad = needs_points or needs_proxies
         pairs = max(_pairs(labels, sources, everyone), 1) if mean else 1
 
-        def energy(served: Backend) -> tuple[Tensor | None, ...]:
-            whole = cloud = served.gather(points, labels, potential, rest=rest, **place)
+        def energy(using: Backend) -> tuple[Tensor | None, ...]:
+            whole = cloud = using.gather(points, labels, potential, rest=rest, **place)
             if everyone is not None and everyone_labels is not None:
-                whole = served.gather(everyone, everyone_labels, potential, **place)
-            terms = served.field_terms(cloud, whole, potential, needs_grad=needs_grad)
-            value, totals = served.total(terms, cloud, whole, potential, among=True, pairs=pairs)
+                whole = using.gather(everyone, everyone_labels, potential, **place)
+            terms = using.field_terms(cloud, whole, potential, needs_grad=needs_grad)
+            value, totals = using.total(terms, cloud, whole, potential, among=True, pairs=pairs)
             placed = (cloud.points, cloud.inverse) if unit and needs_grad else (None, None)
             if sources is None or source_labels is None:
                 return value, totals, terms.grad, *placed, None, None, None
-            acting = served.gather(
-                sources.to(cloud.points.dtype), source_labels, potential, **place
-            )
+            acting = using.gather(sources.to(cloud.points.dtype), source_labels, potential, **place)
             grad, of_sources = terms.grad, (None, None, None)
-            terms = served.field_terms(cloud, acting, potential, needs_grad=needs_grad)
-            value, totals = served.total(
+            terms = using.field_terms(cloud, acting, potential, needs_grad=needs_grad)
+            value, totals = using.total(
                 terms, cloud, acting, potential, among=False, pairs=pairs, before=totals
             )
             if grad is not None and terms.grad is not None:
                 grad = grad.mul_(2).add_(terms.grad)
             if needs_sources:
-                back = served.field_terms(acting, whole, potential, needs_grad=True).grad
+                back = using.field_terms(acting, whole, potential, needs_grad=True).grad
                 of_sources = back, *((acting.points, acting.inverse) if unit else (None, None))
             return value, totals, grad, *placed, *of_sources
 
-        return energy(backend_for(backend, points, potential))
+        return served(backend, points, energy)
 
     @staticmethod
     def fake(
@@ -220,10 +228,13 @@ class _PullBack(torch.autograd.Function):
         twice: bool,
         backend: str,
     ) -> tuple[Tensor | None, Tensor | None]:
-        return backend_for(backend, points).pull_back(
-            grad, placed, inverse, grad_output=grad_output, totals=totals,
-            split=Split(b, (first, second)), pairs=max(pairs, 1), twice=twice,
-        )  # fmt: skip
+        def pull_back(using: Backend) -> tuple[Tensor | None, Tensor | None]:
+            return using.pull_back(
+                grad, placed, inverse, grad_output=grad_output, totals=totals,
+                split=Split(b, (first, second)), pairs=max(pairs, 1), twice=twice,
+            )  # fmt: skip
+
+        return served(backend, points, pull_back)
 
     @staticmethod
     def fake(*args: Any) -> tuple[Tensor | None, Tensor | None]:
@@ -268,11 +279,14 @@ class _ClassPotential(torch.autograd.Function):
             _check_finite(points, "points")
         potential = _potential(alpha, delta, delta_rep, min_distance)
         basis = random_basis(points.shape[1], points.device) if prune else None
-        served = backend_for(backend, queries, potential)
         of_class = labels.new_full((len(queries),), class_index)
-        acted_on = served.gather(queries, of_class, potential, basis=basis)
-        acting = served.gather(points, labels, potential, basis=basis)
-        terms = served.field_terms(acted_on, acting, potential, needs_grad=needs_grad)
+
+        def field(using: Backend) -> FieldTerms:
+            acted_on = using.gather(queries, of_class, potential, basis=basis)
+            acting = using.gather(points, labels, potential, basis=basis)
+            return using.field_terms(acted_on, acting, potential, needs_grad=needs_grad)
+
+        terms = served(backend, queries, field)
         psi = active_energy(terms, potential)
         psi = psi + rest_energy(terms.own_class, len(points), potential)
         nothing = nan_unless_finite(queries) + nan_unless_finite(points).sum()

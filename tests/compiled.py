@@ -77,7 +77,8 @@ def synchronisations(call: str) -> int:
     import torch
 
     from bench import aot
-    from pfml_triton import PFMLLoss, backends, class_potential, potential_energy
+    from pfml_triton import PFMLLoss, class_potential, potential_energy
+    from pfml_triton.kernels import launch
 
     x = torch.randn(70, 20, device="meta", requires_grad=True)
     labels = torch.zeros(70, dtype=torch.int32, device="meta")
@@ -93,7 +94,7 @@ def synchronisations(call: str) -> int:
         "PFMLLoss": lambda: loss(x.new_empty(70, 64).requires_grad_(), labels),
     }
     with (
-        mock.patch.object(backends._triton_backend, "obstacle", return_value=None),
+        mock.patch.object(launch, "obstacle", return_value=None),
         mock.patch.object(torch, "autocast", return_value=nullcontext()),  # not for meta
         aot.record() as launches,
     ):
@@ -190,3 +191,54 @@ def host_part(repeats: int, out: Path) -> None:
     from bench.settings import HostSettings
 
     run(HostSettings(repeats=repeats), out, Console(quiet=True))
+
+
+def launched_on_a_chip(shared_memory: int) -> tuple[list[str], str]:
+    """The kernels that a call launches on a chip with this much shared memory, and what it warns.
+
+    They are compiled for sm_90, and do everything that Triton does before the driver runs them.
+    """
+    import warnings
+    from types import SimpleNamespace
+
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import JITFunction, driver
+
+    from pfml_triton import potential_energy, serving
+    from pfml_triton.kernels import launch, tuning
+
+    ran: list[str] = []
+
+    def launcher(source: Any, metadata: Any) -> Any:
+        return lambda *_: ran.append(metadata.name)
+
+    chip = SimpleNamespace(
+        get_current_device=lambda: shared_memory,  # Triton keeps the memory of a device
+        get_current_stream=lambda _: 0,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        launcher_cls=launcher,
+        utils=SimpleNamespace(
+            get_device_properties=lambda _: {"max_shared_mem": shared_memory},
+            load_binary=lambda *_: (1, 1, 0, 0, 1024),
+            unload_module=lambda _: None,
+        ),
+    )
+    points, labels = torch.randn(5000, 64), torch.zeros(5000, dtype=torch.int64)
+    with (
+        mock.patch.object(driver, "_active", chip),
+        mock.patch.object(launch, "obstacle", return_value=None),
+        warnings.catch_warnings(record=True) as told,
+    ):
+        warnings.simplefilter("always")
+        try:
+            potential_energy(points, labels, backend="triton")
+        finally:
+            for kernel in vars(launch).values():
+                if isinstance(kernel, JITFunction):
+                    kernel.device_caches.clear()
+            for known in (serving._refused, serving._told):
+                known.clear()
+            tuning.forget()
+    (message,) = told
+    return ran, str(message.message)

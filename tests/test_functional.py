@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pfml_triton import Potential, class_potential, potential_energy
-from pfml_triton import backends as serving
+from pfml_triton import Potential, class_potential, potential_energy, serving, torch_backend
+from pfml_triton.kernels import launch
 from reference import potential_field as reference
 from tests.clouds import cloud
 
@@ -150,8 +150,8 @@ def test_no_gradient_is_computed_under_no_grad(monkeypatch: pytest.MonkeyPatch) 
         asked.append(kwargs["needs_grad"])
         return field_terms(*args, **kwargs)
 
-    field_terms = serving.torch_backend.field_terms
-    monkeypatch.setattr(serving.torch_backend, "field_terms", spy)
+    field_terms = torch_backend.field_terms
+    monkeypatch.setattr(torch_backend, "field_terms", spy)
     x = X.clone().requires_grad_()
     with torch.no_grad():
         potential_energy(x, LABELS)
@@ -248,11 +248,10 @@ def test_bad_input_of_class_potential(
 
 
 def test_triton_where_it_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
-    launch = serving._triton_backend
     monkeypatch.setattr(launch, "INTERPRETED", False)
     with pytest.raises(ValueError, match="need tensors on a GPU, .*, got points on cpu"):
         potential_energy(X, LABELS, backend="triton")
-    monkeypatch.setattr(serving, "_triton_backend", None)
+    monkeypatch.setattr(serving, "_missing", "Triton cannot be imported here")
     with pytest.raises(ValueError, match="Triton cannot be imported here"):
         potential_energy(X, LABELS, backend="triton")
     assert torch.isfinite(potential_energy(X, LABELS))
@@ -262,5 +261,5 @@ def test_auto_on_the_cpu_is_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Tensor, **kwargs: Any) -> None:
         raise AssertionError("the kernels were called")
 
-    monkeypatch.setattr(serving._triton_backend, "field_terms", fail)
+    monkeypatch.setattr(launch, "field_terms", fail)
     assert torch.isfinite(potential_energy(X, LABELS))

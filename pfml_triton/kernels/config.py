@@ -9,7 +9,7 @@ tests/kernels/test_compile.py every entry compiles without a spill inside a loop
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import triton
 
@@ -117,3 +117,28 @@ def tiles_for(depth: int, points: int = MANY, *, hip: bool = False, hopper: bool
         filter_strip=1 if few else 8,
         chunk=chunk,
     )
+
+
+def smaller_tiles(tiles: Tiles) -> tuple[Tiles, Tiles]:
+    """What serves in turn where a chip, or its compiler, cannot run these.
+
+    The first prefetches less. The second does not prefetch, which is the plainest code there is: it
+    takes at most 32 KiB of shared memory. Neither takes more registers than a program has.
+    """
+    less = replace(
+        tiles,
+        block_k=min(tiles.block_k, 64),
+        num_stages=min(tiles.num_stages, 2),
+        chunk=min(tiles.chunk, 256),
+        filter_n=128,
+        filter_stages=min(tiles.filter_stages, 2),
+    )
+    none = replace(
+        less,
+        block_k=min(less.block_k, 32),
+        num_stages=1,
+        chunk=min(less.chunk, 64),
+        filter_warps=less.filter_warps if tiles.max_registers is None else 8,
+        filter_stages=1,
+    )
+    return less, none

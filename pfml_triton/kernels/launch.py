@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from ctypes import c_float
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -43,6 +44,18 @@ def obstacle(points: Tensor) -> str | None:
         )
     if points.dtype == torch.float64:
         return "the kernels take float32, bfloat16 and float16, got float64"
+    return _obstacle_of(points.get_device())
+
+
+@cache
+def _obstacle_of(device: int) -> str | None:
+    """Older GPUs have no such products: what Triton compiles for them spills, and crawls."""
+    major, minor = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and major < 8:
+        return (
+            f"the kernels multiply in bfloat16 on tensor cores, which takes compute capability "
+            f"8.0, got {major}.{minor}"
+        )
     return None
 
 

@@ -5,6 +5,8 @@ depth and number of points. PFML_TRITON_TUNING names the file; else it is pfml_t
 in the user's cache directory. A PFML_TRITON_TUNING that is empty stands for no file. The file is
 read once a process, when the kernels first serve a GPU, and only tuning writes it.
 
+Where those do not run on a GPU, smaller ones of config.py serve (`next_tiles`, and serving.py).
+
 Nothing is guessed: a depth or a number of points that was not tuned has the shapes of the table,
 and so has what cannot be used of a file, which is told once. With PFML_TRITON_AUTOTUNE=1, the first
 call that the file has nothing for tunes itself (search.py), and saves what it finds.
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +28,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .config import Tiles, padded_depth, tiles_for
+from .config import Tiles, padded_depth, smaller_tiles, tiles_for
 
 FILE_VARIABLE, AUTOTUNE_VARIABLE = "PFML_TRITON_TUNING", "PFML_TRITON_AUTOTUNE"
 AUTOTUNE_CHOICES = ("0", "1")
@@ -101,24 +104,51 @@ def tiles_here(
         ValueError: PFML_TRITON_AUTOTUNE is neither "0" nor "1".
     """
     size, dtype = points_bucket(len(x) if n is None else n), dtype or x.dtype
-    call = x.get_device(), dtype, x.shape[1], size
+    place = x.get_device(), x.shape[1]
+    call = place, _steps.get(place, 0), dtype, size
     return _resolved.get(call) or _resolve(call, x, others)
 
 
-_Call = tuple[int, torch.dtype, int, int]
+Place = tuple[int, int]  # a device and a depth D, for which all dtypes and N step together
+_Call = tuple[Place, int, torch.dtype, int]
 _resolved: dict[_Call, Tiles] = {}
 _contents: dict[Path, dict[Key, Fields]] = {}  # of files that were read
+_steps: dict[Place, int] = {}  # how many tile shapes did not run there
+_choices: dict[Place, int] = {}  # how many there are
+_stepping = threading.Lock()
 
 
 def forget() -> None:
-    """Forget what was read, so that the next call reads the file again."""
+    """Forget what was read and what did not run, so that the next call reads the file again."""
     _resolved.clear()
     _contents.clear()
+    _steps.clear()
+
+
+def step_at(place: Place) -> int:
+    """How many tile shapes did not run there."""
+    return _steps.get(place, 0)
+
+
+def next_tiles(place: Place, step: int) -> bool:
+    """Let the next tile shapes serve after those of a step; False if they were the last.
+
+    Of threads that ask for it after the same step, the first decides.
+    """
+    with _stepping:
+        if step == _steps.get(place, 0):
+            if step + 1 >= _choices.get(place, 0):
+                return False
+            _steps[place] = step + 1
+        return True
 
 
 def _resolve(call: _Call, x: Tensor, others: tuple[Any, ...]) -> Tiles:
-    _, dtype, depth, points = call
+    place, step, dtype, points = call
+    depth = place[1]
     tiles = shipped_tiles(x, points)
+    fallbacks = tiles, *smaller_tiles(tiles)
+    _choices.setdefault(place, len(fallbacks))
     autotunes = os.environ.get(AUTOTUNE_VARIABLE, "0")
     if autotunes not in AUTOTUNE_CHOICES:
         raise ValueError(
@@ -131,13 +161,15 @@ def _resolve(call: _Call, x: Tensor, others: tuple[Any, ...]) -> Tiles:
         if key in found:
             limit = {} if tiles.max_registers else {"max_registers": None}  # AMD has none
             tiles = replace(tiles, **found[key] | limit)
-        elif autotunes == "1":
+        elif autotunes == "1" and step == 0:
             if not others or len(others[0]) < FEWEST or not may_tune(x):
                 return tiles  # a later call may tune
             from . import search
 
             tiles = search.autotune(key, path, tiles, x, *others)
-    _resolved[call] = tiles
+    choices = tuple(dict.fromkeys((tiles, *fallbacks)))
+    _choices[place] = max(_choices[place], len(choices))
+    tiles = _resolved[call] = choices[min(step, len(choices) - 1)]
     return tiles
 
 
