@@ -231,9 +231,15 @@ def _check_potential(potential: Potential | None) -> Potential:
     return potential
 
 
+def _check_plain(x: Tensor, name: str) -> None:
+    if type(x).__name__ == "DTensor":
+        raise TypeError(f"{name} must be a plain Tensor, got a DTensor: pass {name}.to_local()")
+
+
 def _check_points(points: Tensor, name: str, size: str) -> None:
     if not isinstance(points, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(points).__name__}")
+    _check_plain(points, name)
     if points.dtype not in _DTYPES:
         expected = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES)
         raise TypeError(f"{name} must have dtype {expected}, got {points.dtype}")
@@ -249,6 +255,7 @@ def _check_points(points: Tensor, name: str, size: str) -> None:
 def _check_labels(labels: Tensor, name: str) -> None:
     if not isinstance(labels, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(labels).__name__}")
+    _check_plain(labels, name)
     if labels.dtype not in _INTEGERS:
         raise TypeError(f"{name} must have an integer dtype, got {labels.dtype}")
     if labels.layout != torch.strided:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,11 @@ from .functional import REDUCTIONS, Stats, _check_cloud, _check_options, total_e
 from .operators import is_transformed, turn_basis
 from .potential import Potential
 from .sketch import random_basis, sound_basis
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from .distributed import Everyone, Ranks
 
 
 class PFMLLoss(nn.Module):
@@ -78,6 +83,7 @@ class PFMLLoss(nn.Module):
         prune: bool = True,
         backend: str = "auto",
         validate: bool = False,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         sizes = {"num_classes": 1, "embedding_size": 1, "proxies_per_class": 0}
@@ -100,9 +106,17 @@ class PFMLLoss(nn.Module):
         self.prune = prune
         self.backend = backend
         self.validate = validate
-        self.proxies = nn.Parameter(
-            torch.empty(num_classes, proxies_per_class, embedding_size, dtype=torch.float32)
-        )
+        shape = proxies_per_class, embedding_size
+        self._ranks: Ranks | None = None
+        if process_group is None:
+            proxies = torch.empty(num_classes, *shape, dtype=torch.float32)
+        else:
+            from . import distributed  # not in every torch
+
+            self._ranks = distributed.Ranks(process_group, num_classes)
+            own = len(self._ranks.own_classes)
+            proxies = self._ranks.sharded(torch.empty(own, *shape, dtype=torch.float32))
+        self.proxies = nn.Parameter(proxies)
         # On the CPU, whatever the ambient default device is; `_basis_on` moves the first.
         self._basis = random_basis(embedding_size, torch.device("cpu")).clone()
         self._calls = torch.zeros((), dtype=torch.int64, device="cpu")
@@ -112,7 +126,21 @@ class PFMLLoss(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the proxies anew: N(0, 1/D) entries, directions uniform on the sphere."""
-        nn.init.normal_(self.proxies, std=self.embedding_size**-0.5)
+        std = self.embedding_size**-0.5
+        if self._ranks is None:
+            nn.init.normal_(self.proxies, std=std)
+        else:
+            self._ranks.draw(self.proxies, std)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PFMLLoss:
+        if self._ranks is None:
+            return super()._apply(fn, recurse)
+        # A DTensor knows its kind of device, which `fn` may change.
+        with torch.no_grad():
+            local = fn(self.proxies.to_local())  # type: ignore[attr-defined]
+            moved = nn.Parameter(self._ranks.sharded(local), self.proxies.requires_grad)
+        torch.utils.swap_tensors(self.proxies, moved)
+        return self
 
     def forward(
         self,
@@ -140,6 +168,52 @@ class PFMLLoss(nn.Module):
         Raises:
             TypeError, ValueError: wrong types, shapes, devices or values, naming what came.
         """
+        given = embeddings, labels, indices_tuple, ref_emb, ref_labels
+        ranks, everyone, seen = self._ranks, None, embeddings
+        if ranks is None:
+            self._check_call(*given)
+            proxies = self.proxies
+        else:
+            everyone = self._everyone(ranks, *given)
+            embeddings = ranks.averaged(embeddings)
+            proxies = self.proxies.to_local()  # type: ignore[attr-defined]
+            ref_emb, ref_labels = everyone.sources, everyone.source_labels
+            seen = everyone.points[: everyone.batch]
+        basis = self._basis_on(embeddings.device) if self.prune else None
+        if basis is not None and self.training and not torch.compiler.is_exporting():
+            turn_basis(basis, self._calls, seen, self.normalize)
+        value, totals = total_energy(
+            embeddings,
+            torch.cat([labels.to(torch.int64), self._labels_of_proxies()]),
+            self.potential,
+            proxies=proxies.to(torch.promote_types(embeddings.dtype, torch.float32)),
+            classes=self.num_classes,
+            unit=self.normalize,
+            sources=ref_emb,
+            source_labels=ref_labels,
+            everyone=None if everyone is None else everyone.points,
+            everyone_labels=None if everyone is None else everyone.labels,
+            reduction=self.reduction,
+            prune=self.prune,
+            basis=basis,
+            backend=self.backend,
+            validate=self.validate,
+        )
+        if ranks is not None and everyone is not None:
+            pairs = everyone.pairs if self.reduction == "mean" else 1
+            value, totals = ranks.total(value, totals, pairs)
+        if not torch.compiler.is_exporting():
+            self._totals = None if is_transformed() else totals
+        return value
+
+    def _check_call(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        indices_tuple: None,
+        ref_emb: Tensor | None,
+        ref_labels: Tensor | None,
+    ) -> None:
         if indices_tuple is not None:
             raise ValueError(
                 "indices_tuple must be None: PFML takes every pair, so there are no tuples to "
@@ -164,27 +238,16 @@ class PFMLLoss(nn.Module):
                     f"ref_emb must be [R, {self.embedding_size}] on {embeddings.device}, "
                     f"got {list(ref_emb.shape)} on {ref_emb.device}"
                 )
-        basis = self._basis_on(embeddings.device) if self.prune else None
-        if basis is not None and self.training and not torch.compiler.is_exporting():
-            turn_basis(basis, self._calls, embeddings, self.normalize)
-        value, totals = total_energy(
-            embeddings,
-            torch.cat([labels.to(torch.int64), self._labels_of_proxies()]),
-            self.potential,
-            proxies=self.proxies.to(torch.promote_types(embeddings.dtype, torch.float32)),
-            classes=self.num_classes,
-            unit=self.normalize,
-            sources=ref_emb,
-            source_labels=ref_labels,
-            reduction=self.reduction,
-            prune=self.prune,
-            basis=basis,
-            backend=self.backend,
-            validate=self.validate,
-        )
-        if not torch.compiler.is_exporting():
-            self._totals = None if is_transformed() else totals
-        return value
+
+    def _everyone(self, ranks: Ranks, embeddings: Tensor, labels: Tensor, *others: Any) -> Everyone:
+        """The points of all ranks, once each has found its own in order: else nobody goes on."""
+        fault: Exception | None = None
+        try:
+            self._check_call(embeddings, labels, *others)
+            ranks.check(embeddings, labels, *others[1:], validate=self.validate)
+        except (TypeError, ValueError) as error:
+            fault = error
+        return ranks.gather(fault, self.proxies, embeddings, labels, *others[1:])
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies; torch.multiprocessing would have processes share what is written in place."""
@@ -234,7 +297,8 @@ class PFMLLoss(nn.Module):
         """[C M] int64, where the proxies are. No buffer: to_empty() would leave it unfilled."""
         labels, device = self._proxy_labels, self.proxies.device
         if labels is None or labels.device != device:
-            classes = torch.arange(self.num_classes, device=device)
+            own = range(self.num_classes) if self._ranks is None else self._ranks.own_classes
+            classes = torch.arange(own.start, own.stop, device=device)
             labels = classes.repeat_interleave(self.proxies_per_class)
             if not torch.compiler.is_compiling():  # a graph makes them anew
                 self._proxy_labels = labels
@@ -271,4 +335,5 @@ class PFMLLoss(nn.Module):
             f"delta_rep={p.repulsion_radius:g}, min_distance={p.min_distance:g}, "
             f"normalize={self.normalize}, reduction={self.reduction!r}, prune={self.prune}, "
             f"backend={self.backend!r}"
+            + ("" if self._ranks is None else f", ranks={self._ranks.size}")
         )

@@ -96,11 +96,11 @@ class _PotentialEnergy(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         name = "points" if classes is None else "embeddings"
         if classes is not None and (validate or labels.device.type == "cpu"):
-            _check_range(labels[: len(points)], classes)
+            check_range(labels[: len(points)], classes)
         if validate:
-            _check_finite(points, name)
-            _check_finite(None if proxies is None else proxies.flatten(0, 1), "proxies")
-            _check_finite(sources, "sources" if classes is None else "ref_emb")
+            check_finite(points, name)
+            check_finite(None if proxies is None else proxies.flatten(0, 1), "proxies")
+            check_finite(sources, "sources" if classes is None else "ref_emb")
         potential = _potential(alpha, delta, delta_rep, min_distance)
         if basis is None and prune:
             basis = random_basis(points.shape[1], points.device)
@@ -275,8 +275,8 @@ class _ClassPotential(torch.autograd.Function):
         needs_grad: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         if validate:
-            _check_finite(queries, "queries")
-            _check_finite(points, "points")
+            check_finite(queries, "queries")
+            check_finite(points, "points")
         potential = _potential(alpha, delta, delta_rep, min_distance)
         basis = random_basis(points.shape[1], points.device) if prune else None
         of_class = labels.new_full((len(queries),), class_index)
@@ -379,7 +379,8 @@ def _pairs(labels: Tensor, sources: Tensor | None, everyone: Tensor | None) -> i
     return n * (n - 1) + (0 if sources is None else n * sources.shape[0])
 
 
-def _check_range(labels: Tensor, classes: int) -> None:
+def check_range(labels: Tensor, classes: int) -> None:
+    """Are labels [B] int64 in [0, C)? Waits for the device."""
     if len(labels) == 0:
         return
     low, high = (int(end) for end in torch.aminmax(labels))
@@ -387,7 +388,8 @@ def _check_range(labels: Tensor, classes: int) -> None:
         raise ValueError(f"labels must be in [0, {classes}), got values in [{low}, {high}]")
 
 
-def _check_finite(points: Tensor | None, name: str) -> None:
+def check_finite(points: Tensor | None, name: str) -> None:
+    """Are all values of [N, D] finite? Waits for the device."""
     if points is None:
         return
     finite = torch.isfinite(points).all(1)
