@@ -46,6 +46,12 @@ class PFMLLoss(nn.Module):
             and more often at first; they decide the time, never the result.
         backend: "auto" (Triton on a GPU, else torch), "triton" or "torch".
         validate: check labels and values on every call, on any device; on a GPU this waits for it.
+        process_group: of torch.distributed, whose ranks make one field of their batches and share
+            out the proxies, by class, as a DTensor. All of them build the loss and call it equally
+            often, with batches of any size, none included; a memory bank then feels no force. The
+            loss is that of all points, the same on every rank. **The gradient of the embeddings is
+            multiplied by the number of ranks**, since DistributedDataParallel and its like average
+            that of the network; that of the proxies is as it is. See pfml_triton.distributed.
 
     Attributes:
         last_stats: dict of scalar tensors without gradient, on the device of the last call, or None
@@ -53,7 +59,7 @@ class PFMLLoss(nn.Module):
             and "active_share", as described by `pfml_triton.functional.Stats`, sums whatever the
             reduction. The energy of the loss is mostly a constant of saturated pairs; this is what
             training changes. Reading a value waits for the device.
-        proxies: nn.Parameter [C, M, D] float32, drawn from a normal distribution scaled to about
+        proxies: nn.Parameter [C, M, D] float32 (a DTensor with a process_group), drawn from a normal distribution scaled to about
             unit length. They want a learning rate of their own, see `param_groups`.
         sketch_basis: [D, at most 60] bfloat16, that of the pruning, a copy. No parameter or buffer,
             so that no cast, broadcast or checkpoint touches it. One that is assigned has to have
