@@ -17,7 +17,7 @@ it. That is differentiable once.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from .sketch import is_traced, random_basis, turned_basis
 _TURN_EVERY = 100  # training calls between two steps of the sketch's basis, after the first ones
 
 _library = torch.library.Library("pfml_triton", "FRAGMENT")
-_potential = cache(Potential)
+_potential = lru_cache(64)(Potential)  # a sweep of alpha makes many
 
 
 def gets_gradient(x: Tensor | None) -> bool:
