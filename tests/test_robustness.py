@@ -78,10 +78,10 @@ def test_what_is_not_finite_shows(where: str, normalize: bool, prune: bool, back
 
 @backends
 @pytest.mark.parametrize("prune", [True, False])
-@pytest.mark.parametrize("n", [1, 64, 65])
+@pytest.mark.parametrize("n", [1, 65])
 def test_a_point_that_is_not_finite_among_few(n: int, prune: bool, backend: str) -> None:
-    """Alone it has no pair, and among 64 or 65 it fills a tile, or begins one."""
-    for bad in BAD:
+    """Alone it has no pair, and the last of 65 begins a tile."""
+    for bad in BAD[:2]:
         x = torch.zeros(n, 3)
         x[-1] = bad
         x.requires_grad_()

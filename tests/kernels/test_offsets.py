@@ -22,13 +22,14 @@ STRIDE = (1 << 31) // 3 + 8  # entries: from the fourth row on offsets are beyon
 
 @pytest.fixture
 def holes(tmp_path: Path) -> Tensor:
-    """[8, 5] points that are gigabytes apart, zeros; what lies between them is zero too."""
+    """[8, 5] points that are gigabytes apart, zeros; what lies around them is zero too, so that an
+    offset that wrapped to a negative one finds another point there."""
     path = tmp_path / "points"
-    size = 7 * STRIDE + 5
+    size = (1 << 31) + 7 * STRIDE + 5
     with path.open("wb") as file:
         file.truncate(4 * size)
     whole = torch.from_file(str(path), shared=True, size=size, dtype=torch.float32)
-    return whole.as_strided((8, 5), (STRIDE, 1))
+    return whole.as_strided((8, 5), (STRIDE, 1), 1 << 31)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
