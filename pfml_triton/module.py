@@ -59,8 +59,9 @@ class PFMLLoss(nn.Module):
             and "active_share", as described by `pfml_triton.functional.Stats`, sums whatever the
             reduction. The energy of the loss is mostly a constant of saturated pairs; this is what
             training changes. Reading a value waits for the device.
-        proxies: nn.Parameter [C, M, D] float32 (a DTensor with a process_group), drawn from a normal distribution scaled to about
-            unit length. They want a learning rate of their own, see `param_groups`.
+        proxies: nn.Parameter [C, M, D] float32 (a DTensor with a process_group), drawn from a
+            normal distribution scaled to about unit length. They want a learning rate of their own,
+            see `param_groups`.
         sketch_basis: [D, at most 60] bfloat16, that of the pruning, a copy. No parameter or buffer,
             so that no cast, broadcast or checkpoint touches it. One that is assigned has to have
             that shape; whatever it is, the result stays the same, but for the order in which the

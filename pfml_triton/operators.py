@@ -39,7 +39,7 @@ from .sketch import is_traced, random_basis, turned_basis
 _TURN_EVERY = 100  # training calls between two steps of the sketch's basis, after the first ones
 
 _library = torch.library.Library("pfml_triton", "FRAGMENT")
-_potential = lru_cache(64)(Potential)  # validated once
+_potential = lru_cache(64)(Potential)  # a sweep of alpha makes many
 
 
 def gets_gradient(x: Tensor | None) -> bool:

@@ -449,7 +449,11 @@ def _dense(
     d2 = torch.baddbmm(norms, wide_x, wide_y.mT, alpha=-2).clamp_min_(0)
     psi, w, active = potential.pair_terms(d2.to(dtype), same)
     # Too near for float64: d^2 cancels, or w in the softened core outgrows the differences.
-    close = active & (d2 < norms.mul_(1e-8).clamp_min_(4 * potential.min_distance**2))
+    # Far out, where its rounding moves points across a radius, even active is not known.
+    rounding = 4 * (depth + 8) * torch.finfo(torch.float64).eps * norms
+    unsure = rounding > torch.finfo(torch.float32).eps * potential.delta**2
+    close = active.logical_or(unsure)
+    close &= d2 < norms.mul_(1e-8).clamp_min_(4 * potential.min_distance**2)
     t, i, j = close.nonzero(as_tuple=True)
     near = None
     if len(t):

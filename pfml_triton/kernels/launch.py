@@ -25,6 +25,7 @@ from .pack import _pack_kernel, _pull_back_kernel
 from .plan import _count_kernel, _join_kernel, _plan_kernel
 from .total import _total_kernel
 
+_MOST_PROGRAMS = 65_535  # along the second axis of a grid
 INTERPRETED = not isinstance(_force_kernel, triton.JITFunction)
 
 
@@ -152,11 +153,13 @@ def near_tiles(acted_on: Cloud, acting: Cloud) -> Tensor:
     near = acted_on.labels.new_empty(height // TILE_M, width // 128, dtype=torch.uint8)
     if acted_on.left.shape[0] == 0:  # not sketched: all of them
         return near.fill_(255)
-    blocks_y = width // tiles.filter_n
-    grid = height // FILTER_M, _cdiv(blocks_y, tiles.filter_strip)
+    blocks_y, strip = width // tiles.filter_n, tiles.filter_strip
+    while _cdiv(blocks_y, strip) > _MOST_PROGRAMS:  # a batch may meet 8 million points
+        strip *= 2
+    grid = height // FILTER_M, _cdiv(blocks_y, strip)
     _filter_kernel[grid](
         acted_on.left, acting.right, near, near.stride(0), blocks_y,
-        MUTUAL=acting is acted_on, K=acting.right.shape[1], STRIP=tiles.filter_strip,
+        MUTUAL=acting is acted_on, K=acting.right.shape[1], STRIP=strip,
         BLOCK_M=FILTER_M, BLOCK_N=tiles.filter_n,
         num_warps=tiles.filter_warps, num_stages=tiles.filter_stages, **FUSED,
     )  # fmt: skip

@@ -12,6 +12,12 @@ def _float64(high, low):
     return tl.cast(high, tl.float64) + tl.cast(low, tl.float64)
 
 
+@triton.jit
+def _nothing(sq_norm):
+    """0, or NaN where squares of distances may overflow: they are up to four times as large."""
+    return (sq_norm * 4).to(tl.float64) * 0
+
+
 @triton.jit(do_not_specialize=["N", "M", "tiles_x", "tiles", "pairs"])
 def _total_kernel(
     energy_ptr,  # [N], by point, as the forces kernel left them
@@ -60,11 +66,11 @@ def _total_kernel(
         repelling += repels
         near = tl.load(nearest_ptr + row, mask=there, other=float("inf"))
         nearest = tl.minimum(nearest, near)
-        nothing += tl.load(x_sq_norm_ptr + row, mask=there, other=0.0).to(tl.float64) * 0
+        nothing += _nothing(tl.load(x_sq_norm_ptr + row, mask=there, other=0.0))
     if OTHERS:
         for first in range(0, M, BLOCK):
             row = first + i
-            nothing += tl.load(y_sq_norm_ptr + row, mask=row < M, other=0.0).to(tl.float64) * 0
+            nothing += _nothing(tl.load(y_sq_norm_ptr + row, mask=row < M, other=0.0))
     active = tl.zeros((BLOCK,), tl.int64)
     for first in range(0, tiles_x, BLOCK):
         active += tl.load(active_ptr + first + i, mask=first + i < tiles_x, other=0)
