@@ -37,9 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Check, print the report, and return the exit status: 0 if all passed, 1 if not."""
     parser = argparse.ArgumentParser(
         "python -m pfml_triton",
-        description="Check that the PFML loss computes on this machine what it should: every Triton "
-        "kernel, the whole loss with its gradients, that runs repeat, and how long they take. "
-        "About half a minute, and a minute without a GPU.",
+        description="Check that the PFML loss computes on this machine what it should: every "
+        "Triton kernel, the whole loss with its gradients, that runs repeat, and how long they "
+        "take. About half a minute, and a minute without a GPU.",
         epilog="Exit status: 0 if everything that was checked passed, 1 if something failed, 2 if "
         "an argument is wrong. Progress goes to stderr, the report to stdout.",
     )

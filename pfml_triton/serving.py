@@ -27,14 +27,14 @@ from . import torch_backend
 if TYPE_CHECKING:
     from .backends import Backend
 
-_missing: str | None = None  # why there is no Triton
+missing: str | None = None  # why there is no Triton
 try:
     import triton
     from triton.compiler.errors import CompilationError
 
     from .kernels import launch, tuning
 except ImportError as error:  # Triton has no wheel for this platform: the torch backend serves
-    _missing = f"Triton cannot be imported here ({torch.__version__=}): {error}"
+    missing = f"Triton cannot be imported here ({torch.__version__=}): {error}"
 
 BACKENDS = ("auto", "triton", "torch")
 
@@ -127,8 +127,8 @@ def _chosen(backend: str, points: Tensor) -> Backend:
 
 def _obstacle(points: Tensor) -> str | None:
     """Why the kernels cannot serve these points as far as is known, or None."""
-    if _missing is not None:
-        return _missing
+    if missing is not None:
+        return missing
     obstacle = launch.obstacle(points)
     if obstacle is None and _refused:
         device = points.get_device()

@@ -251,7 +251,7 @@ def test_triton_where_it_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "INTERPRETED", False)
     with pytest.raises(ValueError, match="need tensors on a GPU, .*, got points on cpu"):
         potential_energy(X, LABELS, backend="triton")
-    monkeypatch.setattr(serving, "_missing", "Triton cannot be imported here")
+    monkeypatch.setattr(serving, "missing", "Triton cannot be imported here")
     with pytest.raises(ValueError, match="Triton cannot be imported here"):
         potential_energy(X, LABELS, backend="triton")
     assert torch.isfinite(potential_energy(X, LABELS))

@@ -237,10 +237,10 @@ def test_counts_of_40_billion_pairs_are_exact(backend: str) -> None:
             tiles=12_500 * 3125,
         )
         value, totals = served.total(terms, many, many, p, among=True)
-        above, attractions, repulsions, _, share, energy, _ = totals.tolist()
+        above, attractions, repulsions, _, active, energy, _, tiles = totals.tolist()
         assert attractions == n * attracting
         assert repulsions == n * repelling
-        assert share == 1
+        assert active == tiles
         constants = n * (attracting * p.attraction_constant + repelling * p.repulsion_constant)
         assert above == pytest.approx(-constants, rel=1e-12)
         ours = n * (own - 1)

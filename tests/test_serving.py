@@ -370,7 +370,7 @@ def test_a_gpu_that_is_too_old_is_told(gpu: None, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_gpu_without_triton_is_told(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "_missing", "Triton cannot be imported here")
+    monkeypatch.setattr(serving, "missing", "Triton cannot be imported here")
     with told_once("Triton cannot be imported here", "The torch backend serves"):
         for _ in range(2):
             assert_right(energy())
@@ -384,7 +384,7 @@ def test_float64_on_a_gpu_is_no_fallback(
 
 
 def test_the_cpu_is_no_fallback(silent: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "_missing", "Triton cannot be imported here")
+    monkeypatch.setattr(serving, "missing", "Triton cannot be imported here")
     assert_right(energy())
 
 

@@ -6,6 +6,7 @@ what a real call launches, with the arguments of a real call.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +33,9 @@ _OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 
 
 def target_of(arch: str) -> GPUTarget:
-    """Triton's target for "sm_90", "gfx942" and the like."""
+    """Triton's target for "sm_90", "gfx942" and the like; ValueError for others."""
+    if not re.fullmatch(r"sm_\d+|gfx\w+", arch):
+        raise ValueError(f'architecture must be like "sm_90" or "gfx942", got {arch!r}')
     if arch.startswith("sm_"):
         return GPUTarget("cuda", int(arch[3:]), 32)
     return GPUTarget("hip", arch, 64)

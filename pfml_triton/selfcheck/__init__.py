@@ -1,8 +1,8 @@
 """`python -m pfml_triton`: does the loss compute on this machine what it should?
 
 On a GPU that the Triton kernels serve, they are checked where they run. Without one they run in
-Triton's interpreter, in a process of its own, and are compiled for a GPU that is not here. The torch
-backend is checked in any case, for the kernels are held against it.
+Triton's interpreter, in a process of its own, and are compiled for a GPU that is not here. The
+torch backend is checked in any case, for the kernels are held against it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from functools import partial
 
 import torch
 
-from .. import functional
+from .. import serving
 from . import loss, machine, timing
 from .result import Check, Gap, Log, Report, tell
 
@@ -85,8 +85,8 @@ def in_interpreter() -> Report:
 def _start_interpreter(report: Report) -> subprocess.Popen[str] | None:
     """A process in which the kernels run on the CPU; None, and a note, where that cannot be."""
     why = None
-    if functional._triton_backend is None:
-        why = machine.missing_triton()
+    if serving.missing is not None:
+        why = serving.missing
     elif importlib.util.find_spec("numpy") is None:
         why = "Triton's interpreter, which could run them on the CPU, needs NumPy"
     if why is not None:
@@ -127,10 +127,11 @@ def as_found(report: Report) -> str:
 
 
 def _check_compiler(report: Report) -> None:
-    kernels = functional._triton_backend
-    if kernels is None:
+    if serving.missing is not None:
         return
-    if kernels.INTERPRETED:
+    from ..kernels import launch
+
+    if launch.INTERPRETED:
         why = "TRITON_INTERPRET is set, and Triton's compiler is off"
         report.not_checked.append(Gap("whether this Triton can compile the kernels", why))
         return

@@ -38,7 +38,7 @@ def check(log: Log) -> None:
             x[:100], labels, potential, rest=x[100:], unit=True, basis=basis, tiles=tiles
         )
         terms = launch.field_terms(cloud, cloud, potential, needs_grad=True)
-        value, totals = launch.total(terms, cloud, cloud, potential)
+        value, totals = launch.total(terms, cloud, cloud, potential, among=True)
         assert terms.grad is not None
         launch.pull_back(
             terms.grad, cloud.points, cloud.inverse, grad_output=value, totals=totals,

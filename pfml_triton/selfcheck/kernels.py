@@ -19,11 +19,11 @@ from ..kernels import launch
 from ..kernels.config import TILE_M, TILE_N
 from ..kernels.recording import Launch, record
 from ..kernels.tuning import tiles_here
-from ..potential import EPSILON, Potential, Split
+from ..potential import EPSILON, TOTALS, Potential, Split
 from ..sketch import LIFT, random_basis
 from . import truth
 from .result import Comparison, Log
-from .truth import FLOAT32, FLOOR
+from .truth import BRAIN, FLOAT32, FLOOR
 
 Args = dict[str, Any]  # of a launch, by parameter name
 
@@ -133,14 +133,18 @@ def _call(case: Case, device: torch.device) -> None:
     )
     acted_on = gathered(first, labels, rest=rest)
     terms = launch.field_terms(acted_on, acted_on, potential, needs_grad=True)
-    value, totals = launch.total(terms, acted_on, acted_on, potential, mean=True)
+    value, totals = launch.total(
+        terms, acted_on, acted_on, potential, among=True, pairs=n * (n - 1)
+    )
     pairs = n * (n - 1)
     if case.bank:
         others, their_labels = truth.cloud(case.n // 2, case.depth, case.dtype, device)
         acting = gathered(others.to(acted_on.points.dtype), their_labels)
         terms = launch.field_terms(acted_on, acting, potential, needs_grad=True)
-        value, totals = launch.total(terms, acted_on, acting, potential, mean=True, before=totals)
         pairs += n * len(others)
+        value, totals = launch.total(
+            terms, acted_on, acting, potential, among=False, pairs=pairs, before=totals
+        )
     assert terms.grad is not None
     dtypes = (case.dtype, None if rest is None else rest.dtype)
     is_unit = acted_on.inverse is not None
@@ -170,7 +174,7 @@ def _pack(c: Comparison, _: Args, a: Args) -> None:
     wide = held[order].double()
     rounded = coarse[:n, :dim].double()
     lost = (wide - rounded).abs()
-    c.holds("points are rounded to bfloat16", (lost <= 2.0**-7 * wide.abs() + 1e-38).all())
+    c.holds("points are rounded to bfloat16", (lost <= BRAIN * wide.abs() + 1e-38).all())
     c.same("rounded points", rounded, rounded.bfloat16())
     c.holds("padding is zero", (coarse[n:] == 0).all() & (coarse[:n, dim:] == 0).all())
     c.near("their squared norms", a["sq_norm_ptr"][:n], rounded.square().sum(1), FLOAT32)
@@ -290,28 +294,26 @@ def _join(c: Comparison, before: Args, a: Args) -> None:
 
 
 def _total(c: Comparison, _: Args, a: Args) -> None:
-    n, m, mutual = a["N"], a["M"], a["MUTUAL"]
+    n, m, among = a["N"], a["M"], a["AMONG"]
     att, rep = a["att_high"] + a["att_low"], a["rep_high"] + a["rep_low"]
     attracting, repelling = (
         float(a[f"{name}_ptr"][:n].long().sum()) for name in ("attracting", "repelling")
     )
     constants = attracting * att + repelling * rep
     above = float(a["energy_ptr"][:n].double().sum()) - constants
-    of_class = int(a["own_class_ptr"][:n].long().sum()) - (n if mutual else 0)
-    pairs = n * (m - 1 if mutual else m)
-    energy = above + of_class * att + (pairs - of_class) * rep
+    of_class = int(a["own_class_ptr"][:n].long().sum()) - (n if among else 0)
+    of_others = n * (m - 1 if among else m) - of_class
+    energy = above + of_class * att + of_others * rep
     nearest = float(a["nearest_ptr"][:n].double().min().sqrt())
-    share = float(a["active_ptr"].sum()) / a["tiles"]
-    found = [above, attracting, repelling, nearest, share, energy, 0.0]
+    active = float(a["active_ptr"].sum())
+    found = [above, attracting, repelling, nearest, active, energy, 0.0, float(a["tiles"])]
     if a["AFTER"]:
         before = a["before_ptr"].tolist()
         found = [x + y for x, y in zip(found, before, strict=True)]
         found[3] = min(nearest, before[3])
-        found[4] = (before[4] * n + share * m) / (n + m)
-        pairs += n * (n - 1)
-    for name, ours, true in zip(launch.TOTALS, a["totals_ptr"], found, strict=True):
+    for name, ours, true in zip(TOTALS, a["totals_ptr"], found, strict=True):
         c.near(name, ours, torch.full_like(ours, true), 1e-9)
-    value = found[5] / pairs if a["MEAN"] else found[5]
+    value = found[5] / a["pairs"]
     c.near("value of the loss", a["value_ptr"], torch.full_like(a["value_ptr"], value), FLOAT32)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .. import __version__, functional
+from .. import __version__, serving
 
 
 def versions() -> dict[str, str | None]:
@@ -36,26 +36,17 @@ def _driver() -> str | None:
     """The newest CUDA that the driver knows, which is what PyTorch can tell of it."""
     if not torch.cuda.is_available():
         return None
+    number = int(torch._C._cuda_getDriverVersion())  # type: ignore[attr-defined]  # CUDA builds
     if torch.version.hip is not None:
-        return str(torch._C._cuda_getDriverVersion())
-    number = torch._C._cuda_getDriverVersion()
+        return str(number)
     return f"for CUDA {number // 1000}.{number % 1000 // 10}"
-
-
-def missing_triton() -> str:
-    """Why the kernels cannot be imported."""
-    try:
-        from ..kernels import launch  # noqa: F401
-    except ImportError as error:
-        return f"Triton cannot be imported here ({error})"
-    raise AssertionError("Triton is here")
 
 
 def devices(chosen: list[torch.device]) -> list[dict[str, Any]]:
     """The devices to check: what they are, and who serves there."""
     found = []
     for device in chosen:
-        backend, reason = serving(device)
+        backend, reason = served_by(device)
         described: dict[str, Any] = {"device": str(device)}
         if device.type == "cuda":
             has = torch.cuda.get_device_properties(device)
@@ -76,25 +67,26 @@ def devices(chosen: list[torch.device]) -> list[dict[str, Any]]:
     return found
 
 
-def serving(device: torch.device) -> tuple[str, str]:
+def served_by(device: torch.device) -> tuple[str, str]:
     """The backend that `backend="auto"` takes on a device, and why."""
-    kernels = functional._triton_backend
-    if kernels is None:
-        return "torch", missing_triton()
-    obstacle = kernels.obstacle(torch.empty(0, 1, device=device))
+    if serving.missing is not None:
+        return "torch", serving.missing
+    from ..kernels import launch
+
+    obstacle = launch.obstacle(torch.empty(0, 1, device=device))
     if device.type != "cuda":
         return "torch", "Triton kernels need a GPU, and this is none"
     if obstacle is None:
         return "triton", f"it is a GPU, and Triton {_triton_version()} is installed"
-    if kernels.INTERPRETED:
+    if launch.INTERPRETED:
         return "torch", "TRITON_INTERPRET is set, which keeps the kernels off the GPU: unset it"
     return "torch", obstacle
 
 
 def tuning() -> dict[str, Any]:
     """The tuning file: where it is or would be, how many of its entries serve, and the faults."""
-    nothing = {"file": None, "found": False, "usable_entries": 0, "faults": []}
-    if functional._triton_backend is None:
+    nothing: dict[str, Any] = {"file": None, "found": False, "usable_entries": 0, "faults": []}
+    if serving.missing is not None:
         return nothing
     from ..kernels import tuning
 

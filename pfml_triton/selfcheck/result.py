@@ -123,9 +123,11 @@ class Comparison:
         worst = int(errors.argmax())
         error = float(errors[worst])
         where = f"{what}: got {float(ours[worst]):.9g}, expected {float(true[worst]):.9g}"
-        if self.error is None or self.allowed is None:
-            self.error, self.allowed, self.where = error, allowed, where
-        elif error / allowed > self.error / self.allowed:
+        if (
+            self.error is None
+            or self.allowed is None
+            or error / allowed > self.error / self.allowed
+        ):
             self.error, self.allowed, self.where = error, allowed, where
         if not error <= allowed:
             self._fail(f"{where}, error {error:.1e} where {allowed:.1e} is allowed")

@@ -10,18 +10,18 @@ from .result import HOW, Check, Report
 
 _WIDTH = 100
 _INTRODUCTION = (
-    "pfml_triton is a loss for training embeddings: the energy of a potential field in which points "
-    "of one class attract each other and points of different classes repel. It has two "
+    "pfml_triton is a loss for training embeddings: the energy of a potential field in which "
+    "points of one class attract each other and points of different classes repel. It has two "
     "implementations, called backends: Triton kernels, which are compiled for the GPU, and plain "
     "PyTorch (\"torch backend\"). This report says which of them serves on this machine, and "
     "whether it computes the right energy and the right gradient. An error is that of the worst "
-    "entry, as a share of the largest entry of what it is compared with. N is the number of points, "
-    "D the length of one."
+    "entry, as a share of the largest entry of what it is compared with. N is the number of "
+    "points, D the length of one."
 )  # fmt: skip
 _SECTIONS = {
     "torch": "torch backend, on {}",
     "compiler": "Triton's compiler: can it compile the kernels? (Nothing is run.)",
-    "interpreter": "Triton kernels, in Triton's interpreter on the CPU (their code is run in NumPy)",
+    "interpreter": "Triton kernels, in Triton's interpreter on the CPU (their code runs in NumPy)",
     "gpu": "Triton kernels, running on {}",
 }
 
@@ -38,7 +38,7 @@ def text(report: Report) -> str:
     steps = [fill(step, _WIDTH, initial_indent="  - ", subsequent_indent="    ")
              for step in next_steps(report)]  # fmt: skip
     blocks.append("\n".join(["What to do next", *steps]))
-    blocks.append(_paragraph(f"{verdict(report)} ({report.seconds:.0f} s)"))
+    blocks.append(f"{verdict(report)} ({report.seconds:.0f} s)")
     return "\n\n".join(block for block in blocks if block)
 
 
@@ -60,7 +60,7 @@ def verdict(report: Report) -> str:
     if any(check.how == "interpreter" for check in report.checks):
         return (
             f"PASSED, as far as a machine without a GPU can tell: all {count} checks. "
-            "No kernel has run on a GPU."
+            "No kernel ran on one."
         )
     return (
         f"PASSED, for the torch backend: all {count} checks. The Triton kernels were not checked."
@@ -83,8 +83,8 @@ def next_steps(report: Report) -> list[str]:
         steps.append("Read the warnings above: each says what serves in place of what.")
     if not any(d["backend"] == "triton" for d in report.devices):
         steps.append(
-            "Run `python -m pfml_triton` again on the machine with the GPU on which you will train: "
-            "only there is the compiled code checked."
+            "Run `python -m pfml_triton` again on the machine with the GPU on which you will "
+            "train: only there is the compiled code checked."
         )
     if not report.failed and any(d["backend"] == "triton" for d in report.devices):
         steps.append(
@@ -110,9 +110,8 @@ def _lines(name: str, checks: list[Check]) -> list[str]:
     failed = [check for check in checks if not check.passed]
     mark = "FAILED" if failed else "ok"
     what, against = checks[0].what, checks[0].against
-    lines = [f"  {mark:6} {name}: {what}; against {against}"]
-    if against == "no error":
-        lines = [f"  {mark:6} {name}: {what}"]
+    said = f"{name}: {what}" + ("" if against == "no error" else f"; against {against}")
+    lines = [fill(f"  {mark:6} {said}", _WIDTH, subsequent_indent=" " * 9)]
     dtypes = _listed(check.dtype for check in checks)
     depths = _listed(check.depth for check in checks)
     cases = [
@@ -125,8 +124,6 @@ def _lines(name: str, checks: list[Check]) -> list[str]:
         if measured:
             worst = max(measured, key=lambda c: (c.error or 0.0) / (c.allowed or 1.0))
             cases.append(f"worst error {worst.error:.1e}, allowed {worst.allowed:.1e}")
-        elif against != "no error":
-            cases.append("exact")
     described = ", ".join(case for case in cases if case)
     if described:
         lines.append(f"         {described}")
@@ -202,8 +199,8 @@ def _timings(report: Report) -> str:
         )
         plain = "do not fit in memory" if t.eager_ms is None else f"{t.eager_ms:.3g} ms"
         lines.append(
-            f"  {t.device}: N = {t.points:,}, D = {t.depth}: {ours}; N x N matrices in plain PyTorch "
-            f"{plain}"
+            f"  {t.device}: N = {t.points:,}, D = {t.depth}: {ours}; N x N matrices in plain "
+            f"PyTorch {plain}"
         )
     return "\n".join(lines)
 

@@ -1,12 +1,13 @@
-"""What the self-check compares with: the energy as a dense formula, and points to evaluate it on.
+"""What the self-check compares with: the energy as a dense formula, and points for it.
 
-Eq. 1, 2 and 6 of the paper on the matrix of all distances, in the dtype of the points. Nothing of it
-is shared with what is checked.
+Eq. 1, 2 and 6 of the paper on the matrix of all distances, in the dtype of the points. Nothing of
+it is shared with what is checked.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from typing import NamedTuple
 
 import torch
@@ -16,17 +17,18 @@ from ..potential import Potential
 
 # Attraction and repulsion, on both sides of both radii, of points at 0.04 to 0.5 of each other.
 POTENTIAL = Potential(alpha=3.0, delta=0.2, delta_rep=0.4, min_distance=0.01)
-# What is allowed, of the largest entry. Float32 rounds to 6e-8. A force takes the power alpha + 2 = 5
-# of the inverse of a distance, which sums D squares, and the inverse square roots of GPUs are good
-# to 2e-7.
+# What is allowed, of the largest entry. Float32 rounds to 6e-8. A force takes the power alpha + 2,
+# which is 5, of the inverse of a distance, which sums D squares, and the inverse square roots of
+# GPUs are good to 2e-7.
 FLOAT32 = 5e-6
-# Of what is handed out in a dtype, which is rounded to it once: to the nearest on a GPU, to bfloat16
-# towards zero in Triton's interpreter.
+# Rounding to bfloat16: to the nearest on a GPU, towards zero in Triton's interpreter.
+BRAIN = 2.0**-7 if os.environ.get("TRITON_INTERPRET") == "1" else 2.0**-8
+# Of what is handed out in a dtype, which is rounded to it once.
 FLOOR = {
     torch.float64: 1e-10,
     torch.float32: FLOAT32,
     torch.float16: 2.0**-11 + FLOAT32,
-    torch.bfloat16: 2.0**-7 + FLOAT32,
+    torch.bfloat16: BRAIN + FLOAT32,
 }
 LOSSES = 2.0  # times what the dense formula loses in float32, where points are scaled in float32
 _TIE = 2e-5  # relative: so near to a radius, rounding may decide whether a pair exerts a force
