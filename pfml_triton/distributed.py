@@ -214,8 +214,10 @@ class Ranks:
 
     def _host(self, device: torch.device) -> torch.device:
         """Where numbers are exchanged that the host wants to read: on the CPU, if the group can."""
-        cpu = torch.device("cpu")
-        return cpu if "cpu" in dist.get_backend_config(self.group) else device
+        if "cpu" in dist.get_backend_config(self.group):
+            return torch.device("cpu")
+        # NCCL alone: not even the seed of proxies that are still on the CPU can go there.
+        return device if device.type != "cpu" else torch.device("cuda", torch.cuda.current_device())
 
 
 class _TimesRanks(torch.autograd.Function):

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -151,6 +152,71 @@ def training(world: World) -> None:
         near(ours.detach(), theirs.detach(), 1e-9)
     near(many.proxies.detach().full_tensor(), one.proxies.detach(), 1e-9)
     assert many.training_calls == one.training_calls == 10
+
+
+def out_of_step(world: World) -> None:
+    """Ranks with fewer batches go on with empty ones, until the last has none left."""
+    torch.manual_seed(1)
+    net = nn.Linear(4, D).double()
+    many, one = (loss.double() for loss in world.pair())
+    alone = copy.deepcopy(net)
+    ddp = DistributedDataParallel(net)
+    x, labels = batch(depth=4, dtype=torch.float64)
+    own = [slice(2 * i, 2 * i + 2) for i in range(world.rank, 6, world.size)]
+    own = own[: world.rank + 1]  # as many batches as the rank's number, and one
+    steps = torch.tensor(len(own))
+    dist.all_reduce(steps, op=dist.ReduceOp.MAX)
+    everyone: list[Any] = [None] * world.size
+    dist.all_gather_object(everyone, own)
+    for step in range(int(steps)):
+        mine = own[step] if step < len(own) else slice(0)
+        ddp.zero_grad()
+        many(ddp(x[mine]), labels[mine]).backward()
+        rows = torch.cat([torch.arange(B)[s[step]] for s in everyone if step < len(s)])
+        alone.zero_grad()
+        one(alone(x[rows]), labels[rows]).backward()
+        for ours, theirs in zip(net.parameters(), alone.parameters(), strict=True):
+            near(ours.grad, theirs.grad, 1e-9)
+
+
+def network_under_fsdp2(world: World) -> None:
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(4, 9), nn.Tanh(), nn.Linear(9, D))
+    many, one = world.pair()
+    alone = copy.deepcopy(net)
+    fully_shard(net, mesh=many.proxies.device_mesh)
+    x, labels = batch(depth=4)
+    many(net(x[world.share()]), labels[world.share()]).backward()
+    one(alone(x), labels).backward()
+    for ours, theirs in zip(net.parameters(), alone.parameters(), strict=True):
+        near(ours.grad.full_tensor(), theirs.grad)
+
+
+def a_loss_under_fsdp2(world: World) -> None:
+    """Without a process_group the proxies are whole in forward, and every rank's field its own."""
+    many, one = world.pair()
+    mesh = many.proxies.device_mesh
+    sharded = copy.deepcopy(one)
+    fully_shard(sharded, mesh=mesh)
+    x, labels = batch()
+    value, whole = sharded(x, labels), one(x, labels)
+    assert torch.equal(value, whole)
+    value.backward()
+    whole.backward()
+    near(sharded.proxies.grad.full_tensor(), one.proxies.grad)
+
+
+def ddp_of_the_loss_is_refused(world: World) -> None:
+    """Its shards must not be broadcast over each other."""
+    even = PFMLLoss(2 * world.size, D, M, process_group=dist.group.WORLD)
+    before = even.proxies.to_local().clone()
+    with pytest.raises(RuntimeError):
+        DistributedDataParallel(even)
+    assert torch.equal(even.proxies.to_local(), before)
+    nested = nn.ModuleDict({"net": nn.Linear(3, D), "loss": even})
+    with pytest.raises(RuntimeError):
+        DistributedDataParallel(nested)
+    assert torch.equal(even.proxies.to_local(), before)
 
 
 def memory_bank(world: World) -> None:
@@ -316,7 +382,8 @@ def casts_and_moves(world: World) -> None:
 
 
 CHECKS: tuple[Callable[[World], None], ...] = (
-    gradients_of_torch, gradients_of_the_kernels, network_under_ddp, training, memory_bank,
+    gradients_of_torch, gradients_of_the_kernels, network_under_ddp, training, out_of_step,
+    network_under_fsdp2, a_loss_under_fsdp2, ddp_of_the_loss_is_refused, memory_bank,
     the_sketch_turns_alike, no_batch_at_all, no_proxies, nan_everywhere, one_rank_in_error,
     dtensors_are_refused, initial_proxies, state, state_of_others, casts_and_moves,
 )  # fmt: skip
