@@ -58,9 +58,20 @@ _SHRINK = 0.96
 _random_bases: dict[tuple[int, torch.device], Tensor] = {}
 
 
+_MODES = torch._C._TorchDispatchModeKey
+_TRACERS = _MODES.FAKE, _MODES.PROXY, _MODES.FUNCTIONAL
+
+
 def is_traced() -> bool:
-    """Does somebody watch the operators that are called, to make a graph or with fake tensors?"""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    """Is a graph made of the operators that are called, or are tensors fake?
+
+    Other modes, as those that count operations, may see what an operator is made of.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    if torch._C._len_torch_dispatch_stack() == 0:  # a quick answer
+        return False
+    return any(torch._C._get_dispatch_mode(mode) is not None for mode in _TRACERS)
 
 
 def sketch_depth(dim: int) -> int:

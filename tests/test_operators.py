@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from pfml_triton import PFMLLoss, Potential, class_potential, potential_energy
 from tests.clouds import cloud
@@ -231,6 +232,12 @@ def test_fake_tensors() -> None:
         x = torch.empty(9, 70, requires_grad=True)
         loss(x, torch.empty(9, dtype=torch.int64)).backward()
         assert x.grad.shape == (9, 70)
+
+
+def test_operations_are_counted_inside() -> None:
+    with FlopCounterMode(display=False) as mode:
+        with_grad(energy, X)
+    assert mode.get_total_flops() > 0
 
 
 @backends
