@@ -57,8 +57,14 @@ class Launch:
     def compile(self, arch: str) -> Any:
         """Compile for `arch`, specialised on these arguments as Triton's JIT does it.
 
-        Takes a process without TRITON_INTERPRET, and no GPU.
+        It takes no GPU.
+
+        Raises:
+            RuntimeError: in a process with TRITON_INTERPRET.
+            ValueError: an architecture of no kind that is known.
         """
+        if not isinstance(self.kernel, triton.JITFunction):
+            raise RuntimeError("no compiled kernels here: unset TRITON_INTERPRET before the import")
         target = target_of(arch)
         backend = make_backend(target)
         signature, constexprs, attributes = {}, {}, {}
