@@ -21,6 +21,7 @@ from bench.settings import (
     SIZES,
     SPEED_DTYPES,
     HostSettings,
+    RanksSettings,
     RetrievalSettings,
     RooflineSettings,
     SpeedSettings,
@@ -49,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_speed(commands)
     _add_plot(commands)
     _add_host(commands)
+    _add_ranks(commands)
     _add_roofline(commands)
     _add_tune(commands)
     _add_figure(commands)
@@ -287,6 +289,41 @@ def _host(parsed: argparse.Namespace) -> None:
     from bench.host import run
 
     run(HostSettings(**_values(parsed)), parsed.out)
+
+
+def _add_ranks(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "ranks",
+        help="the loss over 1 to 4 processes: bytes on the wire, work and memory of each (minutes)",
+        description="Call PFMLLoss with a process_group, forward and backward, over as many "
+        "processes of this machine as are asked for, with gloo. Gradients are held against those "
+        "of one process first. Times are not taken: the processes share the cores. --plan prints "
+        "what a rank of many GPUs would need, by the formulas of bench/plan.py, and measures "
+        "nothing.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    default = RanksSettings()
+    add = parser.add_argument
+    add("--sizes", nargs="+", choices=SIZES, metavar="SIZE", default=list(default.sizes),
+        help=f"some of {', '.join(SIZES)}")  # fmt: skip
+    add("--ranks", nargs="+", type=int, metavar="N", default=list(default.ranks),
+        help="numbers of processes")  # fmt: skip
+    add("--seed", type=int, metavar="N", default=default.seed, help="of the points")
+    add("--plan", action="store_true", help="print the plan instead")
+    add("--out", type=Path, metavar="FOLDER", default=Path("runs"),
+        help="gets rows in ranks.jsonl, one a rank")  # fmt: skip
+    parser.set_defaults(command=_ranks)
+
+
+def _ranks(parsed: argparse.Namespace) -> None:
+    if parsed.plan:
+        from bench.plan import as_markdown
+
+        print(as_markdown())
+        return
+    from bench.ranks import run
+
+    run(RanksSettings(tuple(parsed.sizes), tuple(parsed.ranks), parsed.seed), parsed.out)
 
 
 def _add_roofline(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -147,6 +147,21 @@ class HostSettings:
 
 
 @dataclass(frozen=True)
+class RanksSettings:
+    """Settings of one measurement of the loss over many processes.
+
+    Args:
+        sizes: some of `SIZES`.
+        ranks: numbers of processes, each measured.
+        seed: of the points.
+    """
+
+    sizes: tuple[str, ...] = ("cub", "sop")
+    ranks: tuple[int, ...] = (1, 2, 3, 4)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class RooflineSettings:
     """Settings of the modelled steps.
 

@@ -24,6 +24,7 @@ from .operators import check_finite, check_range
 from .potential import TOTALS
 
 _BLOCK = 256  # classes whose proxies are drawn from one generator
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its newer name
 _ALIGNMENT = 16  # bytes, of a rank's part of the buffer
 
 
@@ -175,10 +176,10 @@ class Ranks:
             for part, piece in zip(parts, received[: sum(sizes_of)].split(sizes_of), strict=True):
                 part.append(piece)
         batch_labels, bank_labels = (torch.cat(part).view(torch.int64) for part in parts[:2])
-        batch, bank, others = (torch.cat(part).view(dtype).view(-1, d) for part in parts[2:])
+        bank = torch.cat(parts[3]).view(dtype).view(-1, d)
         classes = torch.arange(self.classes, device=device).repeat_interleave(m)
         return Everyone(
-            torch.cat([batch, others]),
+            torch.cat([*parts[2], *parts[4]]).view(dtype).view(-1, d),
             torch.cat([batch_labels, classes]),
             sum(batches),
             bank if any(banks) else None,
@@ -209,7 +210,7 @@ class Ranks:
     def _gathered(self, own: Tensor) -> Tensor:
         """What every rank has of a tensor [L]: [W, L]."""
         out = own.new_empty(self.size * own.shape[0])
-        dist.all_gather_into_tensor(out, own, group=self.group)
+        _all_gather(out, own, group=self.group)
         return out.view(self.size, -1)
 
     def _host(self, device: torch.device) -> torch.device:
