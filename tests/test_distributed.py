@@ -7,6 +7,7 @@ rank's `World` that raises if it fails.
 from __future__ import annotations
 
 import copy
+import os
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -417,7 +419,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[str, s
     def run(size: int) -> dict[str, str]:
         if size < 4:
             run(4)  # whose state is read by the others
-        context = torch.multiprocessing.spawn(work, (size, folder), size, join=False)
+        with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}):  # others may have unset it
+            context = torch.multiprocessing.spawn(work, (size, folder), size, join=False)
         try:
             while not context.join(timeout=120):
                 pass
