@@ -118,6 +118,7 @@ class Ranks:
             check_finite(embeddings, "embeddings")
             check_finite(ref_emb, "ref_emb")
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # sizes are known when they come
     def gather(
         self,
         fault: Exception | None,
@@ -191,6 +192,7 @@ class Ranks:
         scaled: Tensor = _TimesRanks.apply(embeddings, self.size)
         return scaled
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def total(self, value: Tensor, totals: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
         """The value and the `TOTALS` of all ranks' rows, the same bits on every rank.
 

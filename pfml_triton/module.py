@@ -179,9 +179,10 @@ class PFMLLoss(nn.Module):
         ranks, everyone, seen = self._ranks, None, embeddings
         if ranks is None:
             self._check_call(*given)
-            proxies = self.proxies
+            proxies, real = self.proxies, torch.promote_types(embeddings.dtype, torch.float32)
         else:
             everyone = self._everyone(ranks, *given)
+            real = everyone.points.dtype  # float64 if that of any rank is
             embeddings = ranks.averaged(embeddings)
             proxies = self.proxies.to_local()  # type: ignore[attr-defined]
             ref_emb, ref_labels = everyone.sources, everyone.source_labels
@@ -193,7 +194,7 @@ class PFMLLoss(nn.Module):
             embeddings,
             torch.cat([labels.to(torch.int64), self._labels_of_proxies()]),
             self.potential,
-            proxies=proxies.to(torch.promote_types(embeddings.dtype, torch.float32)),
+            proxies=proxies.to(real),
             classes=self.num_classes,
             unit=self.normalize,
             sources=ref_emb,

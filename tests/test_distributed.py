@@ -261,6 +261,31 @@ def no_batch_at_all(world: World) -> None:
     near(many.proxies.grad.full_tensor(), one.proxies.grad)
 
 
+def dtypes_that_differ(world: World) -> None:
+    """The widest of them serves all."""
+    many, one = world.pair()
+    x, labels = batch(dtype=torch.float64)
+    mine = x[world.share()].to(torch.float64 if world.rank == 0 else torch.bfloat16)
+    ours = mine.clone().requires_grad_()
+    value = many(ours, labels[world.share()])
+    parts: list[Any] = [None] * world.size
+    dist.all_gather_object(parts, mine.double())
+    assert value.dtype == torch.float64
+    near(value, one(torch.cat(parts), labels), 1e-9)
+    value.backward()
+    assert ours.grad.dtype == ours.dtype
+
+
+def compiled_around(world: World) -> None:
+    many, one = world.pair()
+    x, labels = batch()
+    share = world.share()
+    value = torch.compile(many, backend="aot_eager")(x[share], labels[share])
+    near(value, one(x, labels))
+    value.backward()
+    assert many.proxies.grad is not None
+
+
 def no_proxies(world: World) -> None:
     many = PFMLLoss(C, D, 0, process_group=dist.group.WORLD, **SETTINGS)
     one = PFMLLoss(C, D, 0, **SETTINGS)
@@ -386,8 +411,8 @@ def casts_and_moves(world: World) -> None:
 CHECKS: tuple[Callable[[World], None], ...] = (
     gradients_of_torch, gradients_of_the_kernels, network_under_ddp, training, out_of_step,
     network_under_fsdp2, a_loss_under_fsdp2, ddp_of_the_loss_is_refused, memory_bank,
-    the_sketch_turns_alike, no_batch_at_all, no_proxies, nan_everywhere, one_rank_in_error,
-    dtensors_are_refused, initial_proxies, state, state_of_others, casts_and_moves,
+    the_sketch_turns_alike, no_batch_at_all, dtypes_that_differ, compiled_around,
+    no_proxies, nan_everywhere, one_rank_in_error, dtensors_are_refused, initial_proxies, state, state_of_others, casts_and_moves,
 )  # fmt: skip
 
 
