@@ -411,8 +411,9 @@ def casts_and_moves(world: World) -> None:
 CHECKS: tuple[Callable[[World], None], ...] = (
     gradients_of_torch, gradients_of_the_kernels, network_under_ddp, training, out_of_step,
     network_under_fsdp2, a_loss_under_fsdp2, ddp_of_the_loss_is_refused, memory_bank,
-    the_sketch_turns_alike, no_batch_at_all, dtypes_that_differ, compiled_around,
-    no_proxies, nan_everywhere, one_rank_in_error, dtensors_are_refused, initial_proxies, state, state_of_others, casts_and_moves,
+    the_sketch_turns_alike, no_batch_at_all, dtypes_that_differ, compiled_around, no_proxies,
+    nan_everywhere, one_rank_in_error, dtensors_are_refused, initial_proxies, state,
+    state_of_others, casts_and_moves,
 )  # fmt: skip
 
 
