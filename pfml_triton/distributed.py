@@ -99,6 +99,7 @@ class Ranks:
 
     def check(
         self,
+        proxies: Tensor,
         embeddings: Tensor,
         labels: Tensor,
         ref_emb: Tensor | None,
@@ -115,6 +116,8 @@ class Ranks:
         if validate or labels.device.type == "cpu":
             check_range(labels.to(torch.int64), self.classes)
         if validate:
+            local: Tensor = proxies.to_local()  # type: ignore[attr-defined]
+            check_finite(local.flatten(0, 1), "proxies")
             check_finite(embeddings, "embeddings")
             check_finite(ref_emb, "ref_emb")
 

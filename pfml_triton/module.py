@@ -252,7 +252,7 @@ class PFMLLoss(nn.Module):
         fault: Exception | None = None
         try:
             self._check_call(embeddings, labels, *others)
-            ranks.check(embeddings, labels, *others[1:], validate=self.validate)
+            ranks.check(self.proxies, embeddings, labels, *others[1:], validate=self.validate)
         except (TypeError, ValueError) as error:
             fault = error
         return ranks.gather(fault, self.proxies, embeddings, labels, *others[1:])

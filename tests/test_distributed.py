@@ -41,6 +41,11 @@ class World:
     size: int
     folder: Path
 
+    @property
+    def shard_of_last(self) -> int:
+        """Classes whose proxies the last rank holds."""
+        return max(C - (self.size - 1) * -(-C // self.size), 0)
+
     def loss(self, **settings: Any) -> PFMLLoss:
         return PFMLLoss(C, D, M, process_group=dist.group.WORLD, **SETTINGS | settings)
 
@@ -324,6 +329,15 @@ def one_rank_in_error(world: World) -> None:
         else:
             assert caught.match(f"rank {world.size - 1} of {world.size} refuses")
     assert many(x[share], labels[share]).isfinite()
+    many.validate = True
+    if last and many.proxies.to_local().numel():
+        with torch.no_grad():
+            many.proxies.to_local()[0, 0, 0] = torch.nan
+        with pytest.raises(ValueError, match="proxies must be finite"):
+            many(x[share], labels[share])
+    elif world.shard_of_last:
+        with pytest.raises(RuntimeError, match="refuses"):
+            many(x[share], labels[share])
 
 
 def dtensors_are_refused(world: World) -> None:
