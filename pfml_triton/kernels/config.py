@@ -123,7 +123,8 @@ def smaller_tiles(tiles: Tiles) -> tuple[Tiles, Tiles]:
     """What serves in turn where a chip, or its compiler, cannot run these.
 
     The first prefetches less. The second does not prefetch, which is the plainest code there is: it
-    takes at most 32 KiB of shared memory (sm_100: and a barrier). Neither takes more registers than a program has.
+    takes at most 32 KiB of shared memory, and a barrier on sm_100. Neither takes more registers
+    than a program has.
     """
     less = replace(
         tiles,
