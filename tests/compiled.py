@@ -134,7 +134,9 @@ def emulator() -> Any:
     return module
 
 
-def emulate(function: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+def emulate(
+    function: str, arguments: tuple[Any, ...], options: dict[str, Any], memory: Any = None
+) -> Any:
     """Call a function with compiled sm_80 code executed on the CPU.
 
     Races, out-of-bounds accesses and reads of shared memory that was never written are errors.
@@ -142,6 +144,7 @@ def emulate(function: str, arguments: tuple[Any, ...], options: dict[str, Any]) 
     Args:
         function: "gather", that of pfml_triton.kernels.launch, "terms_of" (tests.clouds) or
             "loss_and_gradients".
+        memory: contiguous, of which an argument that is not is a view from its beginning.
     """
     from bench import aot
     from pfml_triton.kernels import launch
@@ -154,13 +157,36 @@ def emulate(function: str, arguments: tuple[Any, ...], options: dict[str, Any]) 
     }
 
     def execute(made: Any) -> None:
-        result = emulator().run(
-            made.compile("sm_80"), made.grid, made.runtime_args(), detect_races=True
-        )
+        given = [
+            memory if hasattr(arg, "is_contiguous") and not arg.is_contiguous() else arg
+            for arg in made.runtime_args()
+        ]
+        result = emulator().run(made.compile("sm_80"), made.grid, given, detect_races=True)
         assert not result.uninit_reads, result.uninit_reads
 
     with mock.patch.object(launch, "obstacle", return_value=None), aot.record(execute):
         return functions[function](*arguments, **options)
+
+
+def emulate_far_apart(
+    path: str, points: Any, labels: Any, stride: int, options: dict[str, Any]
+) -> Any:
+    """`emulate` of terms_of, for points whose rows lie `stride` entries apart in a file with holes.
+
+    The file is mapped here: a tensor that is handed to a process would be copied.
+    """
+    import torch
+
+    from pfml_triton import Potential
+
+    n, depth = points.shape
+    size = (n - 1) * stride + depth
+    with open(path, "wb") as file:
+        file.truncate(points.itemsize * size)
+    whole = torch.from_file(path, shared=True, size=size, dtype=points.dtype)
+    far = whole.as_strided((n, depth), (stride, 1))
+    far.copy_(points)
+    return emulate("terms_of", (far, labels, far, labels, Potential()), options, whole)
 
 
 def loss_and_gradients(settings: dict[str, Any], *inputs: Any) -> list[Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from tests.clouds import (
     cloud,
     terms_of,
 )
-from tests.compiled import emulate, loss_and_gradients
+from tests.compiled import emulate, emulate_far_apart, loss_and_gradients
 
 pytestmark = [
     pytest.mark.emulated,
@@ -63,6 +64,18 @@ def test_forces(
     # The kernels compute in float32 from the points as they are, whatever their dtype.
     assert_terms_near(terms, true, torch.float32)
     assert_same_without_grad(alone, terms)
+
+
+def test_compiled_offsets_beyond_32_bits(compiler: ProcessPoolExecutor, tmp_path: Path) -> None:
+    """Rows gigabytes apart, read by the code that a GPU would run: as those of a copy."""
+    x, labels = cloud("collisions", 8, 64, 3, torch.float32)
+    options = {"needs_grad": True, "basis": basis(x)}
+    stride = ((1 << 31) // 3 + 8) // 16 * 16  # entries
+    far = compiler.submit(emulate_far_apart, str(tmp_path / "x"), x, labels, stride, options)
+    near = compiler.submit(emulate, "terms_of", (x, labels, x, labels, Potential()), options)
+    assert near.result().repelling.any()
+    for ours, expected in zip(far.result()[:-1], near.result()[:-1], strict=True):
+        assert torch.equal(ours, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
