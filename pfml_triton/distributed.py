@@ -50,9 +50,17 @@ class Ranks:
     Args:
         group: of torch.distributed. All its ranks build the loss, and call it equally often.
         classes: C, whose proxies are shared out: ranks have ceil(C / W) in turn, the last fewer.
+
+    Raises:
+        TypeError: not a group, or one that this rank is not in.
     """
 
     def __init__(self, group: dist.ProcessGroup, classes: int) -> None:
+        if not isinstance(group, dist.ProcessGroup):
+            raise TypeError(
+                "process_group must be a torch.distributed.ProcessGroup that this rank is in, "
+                f"got {group!r}"
+            )
         self.group, self.classes = group, classes
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.shard = -(-classes // self.size)
@@ -141,26 +149,31 @@ class Ranks:
             ref_emb, ref_labels: [R, D] and [R]; R may differ, None is 0.
 
         Raises:
-            TypeError, ValueError: the fault.
+            TypeError, ValueError: the fault; on all ranks, if they have losses of different shapes.
             RuntimeError: another rank has one.
         """
         device, (_, m, d) = proxies.device, proxies.shape
         own: list[Tensor] = []
-        own_sizes = [0, 0, 0, 1]
+        own_sizes = [0, 0, 0, 1, self.classes, m, d]
         if fault is None:
             if ref_emb is None or ref_labels is None:
                 ref_emb, ref_labels = embeddings[:0], labels[:0]
             own = [labels.to(torch.int64), ref_labels.to(torch.int64), embeddings, ref_emb]
             is_wide = embeddings.dtype == torch.float64
-            own_sizes = [embeddings.shape[0], ref_emb.shape[0], int(is_wide), 0]
+            own_sizes[:4] = embeddings.shape[0], ref_emb.shape[0], int(is_wide), 0
         sizes = self._gathered(torch.tensor(own_sizes, device=self._host(device)))
-        batches, banks, wide, faults = sizes.T.tolist()
+        batches, banks, wide, faults, *shapes = sizes.T.tolist()
         if fault is not None:
             raise fault
         if any(faults):
             raise RuntimeError(
                 f"rank {faults.index(1)} of {self.size} refuses what it was given: its own error "
                 "says why"
+            )
+        if any(len(set(of_ranks)) > 1 for of_ranks in shapes):
+            raise ValueError(
+                "proxies must be [C, M, D] of one C, M and D on all ranks, got "
+                f"{[list(shape) for shape in zip(*shapes, strict=True)]}"
             )
         dtype = torch.float64 if any(wide) else torch.float32
         shards = [len(self.classes_of(rank)) * m for rank in range(self.size)]

@@ -191,13 +191,9 @@ class _PotentialEnergy(torch.autograd.Function):
             third, _ = of_cloud(
                 *of_sources, sources.shape[0], sources.dtype, None, ctx.pairs, False, ctx.backend
             )
+        # Where there is none, the operator has an empty tensor.
         first = first if needs_points else None
         second = second.view(proxies.shape) if second is not None and needs_proxies else None
-        if torch.is_grad_enabled():
-            first, second, third = (
-                None if g is None else _OnceDifferentiable.apply(g, points, proxies, sources)
-                for g in (first, second, third)
-            )
         return first, None, second, third, *(None,) * 17
 
 
@@ -312,7 +308,7 @@ class _ClassPotential(torch.autograd.Function):
         if grad_output is not None and ctx.needs_grad:
             first = (grad * (grad_output + nothing)[:, None]).to(queries.dtype)
             if torch.is_grad_enabled():
-                first = _OnceDifferentiable.apply(first, queries, None, None)
+                first = _OnceDifferentiable.apply(first, queries)
         return first, *(None,) * 11
 
 
@@ -323,13 +319,13 @@ _ONCE = (
 
 
 class _OnceDifferentiable(torch.autograd.Function):
-    """The identity on a gradient that was computed in forward: it depends on the inputs, but not by
-    way of a graph, so a second derivative would be wrong without a word."""
+    """The identity on a gradient that was computed in forward: it depends on the queries, but not
+    by way of a graph, so a second derivative would be wrong without a word."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(grad: Tensor, *inputs: Tensor | None) -> Tensor:
+    def forward(grad: Tensor, queries: Tensor) -> Tensor:
         return grad.view_as(grad)
 
     @staticmethod

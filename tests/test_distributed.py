@@ -70,6 +70,7 @@ def batch(rows: int = B, depth: int = D, dtype: torch.dtype = torch.float32) -> 
 
 
 def near(ours: Tensor, theirs: Tensor, allowed: float = 1e-6) -> None:
+    ours, theirs = ours.detach(), theirs.detach()
     scale = float(theirs.abs().max()) if theirs.numel() else 0.0
     assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
     assert torch.allclose(ours.double(), theirs.double(), rtol=0, atol=allowed * scale), (
@@ -121,18 +122,28 @@ def gradients_of_the_kernels(world: World) -> None:
     gradients(world, torch.float32, exact=exact, backend="triton", prune=False, reduction="mean")
 
 
-def network_under_ddp(world: World) -> None:
+def network_is_that_of_one(world: World, wrapped: Callable[[nn.Module], nn.Module]) -> None:
     torch.manual_seed(1)
     net = nn.Sequential(nn.Linear(4, 9), nn.Tanh(), nn.Linear(9, D))
     many, one = world.pair()
     alone = copy.deepcopy(net)
-    ddp = DistributedDataParallel(net)
     x, labels = batch(depth=4)
-    many(ddp(x[world.share()]), labels[world.share()]).backward()
+    model = wrapped(net)  # whose hooks average the gradients, as long as it lives
+    many(model(x[world.share()]), labels[world.share()]).backward()
     one(alone(x), labels).backward()
-    for ours, theirs in zip(net.parameters(), alone.parameters(), strict=True):
-        near(ours.grad, theirs.grad)
-    near(many.proxies.grad.full_tensor(), one.proxies.grad)
+    ours = [*net.parameters(), many.proxies]
+    for mine, theirs in zip(ours, [*alone.parameters(), one.proxies], strict=True):
+        grad = mine.grad
+        near(grad.full_tensor() if isinstance(grad, DTensor) else grad, theirs.grad)
+
+
+def network_under_ddp(world: World) -> None:
+    network_is_that_of_one(world, DistributedDataParallel)
+
+
+def network_under_fsdp2(world: World) -> None:
+    mesh = world.loss().proxies.device_mesh
+    network_is_that_of_one(world, lambda net: fully_shard(net, mesh=mesh))
 
 
 def training(world: World) -> None:
@@ -184,19 +195,6 @@ def out_of_step(world: World) -> None:
         one(alone(x[rows]), labels[rows]).backward()
         for ours, theirs in zip(net.parameters(), alone.parameters(), strict=True):
             near(ours.grad, theirs.grad, 1e-9)
-
-
-def network_under_fsdp2(world: World) -> None:
-    torch.manual_seed(1)
-    net = nn.Sequential(nn.Linear(4, 9), nn.Tanh(), nn.Linear(9, D))
-    many, one = world.pair()
-    alone = copy.deepcopy(net)
-    fully_shard(net, mesh=many.proxies.device_mesh)
-    x, labels = batch(depth=4)
-    many(net(x[world.share()]), labels[world.share()]).backward()
-    one(alone(x), labels).backward()
-    for ours, theirs in zip(net.parameters(), alone.parameters(), strict=True):
-        near(ours.grad.full_tensor(), theirs.grad)
 
 
 def a_loss_under_fsdp2(world: World) -> None:
@@ -340,6 +338,15 @@ def one_rank_in_error(world: World) -> None:
             many(x[share], labels[share])
 
 
+def losses_that_differ(world: World) -> None:
+    if world.size == 1:
+        return
+    ours = PFMLLoss(C, D, M + (world.rank == 0), process_group=dist.group.WORLD)
+    x, labels = batch()
+    with pytest.raises(ValueError, match=r"one C, M and D on all ranks, got \[\[5, 3, 7\], \[5, 2"):
+        ours(x, labels)
+
+
 def dtensors_are_refused(world: World) -> None:
     many, one = world.pair()
     x, labels = batch()
@@ -426,8 +433,8 @@ CHECKS: tuple[Callable[[World], None], ...] = (
     gradients_of_torch, gradients_of_the_kernels, network_under_ddp, training, out_of_step,
     network_under_fsdp2, a_loss_under_fsdp2, ddp_of_the_loss_is_refused, memory_bank,
     the_sketch_turns_alike, no_batch_at_all, dtypes_that_differ, compiled_around, no_proxies,
-    nan_everywhere, one_rank_in_error, dtensors_are_refused, initial_proxies, state,
-    state_of_others, casts_and_moves,
+    nan_everywhere, one_rank_in_error, losses_that_differ, dtensors_are_refused,
+    initial_proxies, state, state_of_others, casts_and_moves,
 )  # fmt: skip
 
 
@@ -474,6 +481,12 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[str, s
         return failures
 
     return run
+
+
+@pytest.mark.parametrize("group", ["nccl", -100, True])  # -100 has a rank that is not in the group
+def test_what_is_no_group(group: Any) -> None:
+    with pytest.raises(TypeError, match=f"process_group must be .* got {group!r}"):
+        PFMLLoss(C, D, process_group=group)
 
 
 @pytest.mark.slow

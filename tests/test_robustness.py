@@ -252,6 +252,15 @@ def test_counts_of_40_billion_pairs_are_exact(backend: str) -> None:
 
 
 @backends
+def test_labels_of_stride_0(backend: str) -> None:
+    x = torch.randn(9, 4)
+    given = torch.tensor([3]).expand(9)
+    assert given.stride() == (0,)
+    ours, theirs = (potential_energy(x, y, backend=backend) for y in (given, given.clone()))
+    assert torch.equal(ours, theirs)
+
+
+@backends
 def test_the_gradient_of_a_mean_over_40_billion_pairs(backend: str) -> None:
     pairs = 200_000 * 199_999
     served: Any = {"torch": plain, "triton": launch}[backend]

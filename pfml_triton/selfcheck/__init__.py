@@ -139,7 +139,12 @@ def _check_compiler(report: Report) -> None:
 
     tell(f"Triton's compiler: every kernel for {' '.join(reversed(compiler.target()))}")
     log = Log(report, torch.device("cpu"), "compiler")
-    log.run("compiler", "recording the launches", "no error", lambda _: compiler.check(log))
+    log.run(
+        "launches",
+        "what a loss would launch can be listed",
+        "no error",
+        lambda _: compiler.check(log),
+    )
 
 
 def _note_what_a_gpu_would_show(report: Report) -> None:

@@ -126,7 +126,7 @@ def _lines(name: str, checks: list[Check]) -> list[str]:
             cases.append(f"worst error {worst.error:.1e}, allowed {worst.allowed:.1e}")
     described = ", ".join(case for case in cases if case)
     if described:
-        lines.append(f"         {described}")
+        lines.append(_paragraph(described, 9))
     for check in failed:
         lines.append(_paragraph(f"failed{_case(check)}: {check.detail}", 11))
     return lines
