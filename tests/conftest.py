@@ -1,13 +1,16 @@
 """Set-up of all tests: the kernels run under Triton's interpreter, and empty buffers hold NaN."""
 
-import os
-
-# Read when triton is imported, so it comes before everything else.
-os.environ["TRITON_INTERPRET"] = "1"
+# isort: off
+from tests import interpreter  # noqa: F401  # before anything that imports triton
+# isort: on
 
 import multiprocessing
+import os
+import signal
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +18,13 @@ import torch
 from tests import compiled
 
 torch.set_num_threads(1)  # the tensors are small: threads would only wait for each other
+
+# What Triton compiles is kept from run to run, if that is possible.
+if not os.access(os.environ.get("TRITON_HOME", Path.home()), os.W_OK):
+    os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp(prefix="pfml-triton-"))
+# No tuning of this machine changes what is tested.
+os.environ["PFML_TRITON_TUNING"] = ""
+os.environ.pop("PFML_TRITON_AUTOTUNE", None)
 
 
 @pytest.fixture(autouse=True)
@@ -31,11 +41,21 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """Ctrl-C interrupts this process and those it starts, though a shell's background job, as the
+    tests may be, ignores it from birth."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="session")
 def compiler() -> Iterator[ProcessPoolExecutor]:
-    """Processes without the interpreter, one a core, for `tests.compiled`."""
+    """Processes without the interpreter, for `tests.compiled`: with all of xdist, one a core."""
+    processes = (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
-        os.cpu_count(), context, initializer=compiled.leave_interpreter
+        max(processes, 1), context, initializer=compiled.leave_interpreter
     ) as pool:
         yield pool

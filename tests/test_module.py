@@ -343,15 +343,15 @@ def test_a_cast_module_still_prunes_exactly(cast: str) -> None:
         assert torch.allclose(pruned, dense, rtol=1e-5, atol=1e-6 * float(dense.abs().max()))
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("garbage", [100.0, 0.0, torch.nan, torch.inf])
 @pytest.mark.parametrize("how", ["written", "empty"])
 @pytest.mark.parametrize("train", [True, False])
 def test_a_sketch_that_is_garbage_changes_nothing(
-    monkeypatch: pytest.MonkeyPatch, train: bool, how: str, garbage: float, backend: str
+    monkeypatch: pytest.MonkeyPatch, train: bool, how: str, garbage: float
 ) -> None:
+    """It is repaired when it is assigned, before any backend sees it."""
     monkeypatch.setattr(torch_backend, "_ACTIVE_SHARE", 2.0)  # what is dropped is not looked at
-    loss = PFMLLoss(40, 96, 1, delta=0.9, backend=backend).train(train)
+    loss = PFMLLoss(40, 96, 1, delta=0.9).train(train)
     x, labels = torch.randn(40, 96), torch.arange(40)
     with torch.no_grad():
         loss.proxies.mul_(0.3).add_(torch.randn(96))

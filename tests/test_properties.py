@@ -28,7 +28,7 @@ def potentials(draw: st.DrawFn) -> Potential:
     )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     kind=st.sampled_from(KINDS),
     n=st.integers(2, 20),
@@ -94,8 +94,7 @@ def test_pruning_changes_nothing_in_the_kernels(**configuration: object) -> None
     pruned_as_dense("triton", **configuration)  # type: ignore[arg-type]
 
 
-@pytest.mark.slow
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(**CONFIGURATIONS, wide=st.booleans())
 def test_the_filter_kernel_drops_no_repelling_pair(
     kind: str, n: int, depth: int, classes: int, seed: int, potential: Potential, wide: bool

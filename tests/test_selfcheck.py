@@ -31,7 +31,7 @@ def called(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
     own = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     return subprocess.run(
         [sys.executable, "-m", "pfml_triton", *arguments],
-        capture_output=True, text=True, check=False, env=own | environment, timeout=500,
+        capture_output=True, text=True, check=False, env=own | environment,
     )  # fmt: skip
 
 

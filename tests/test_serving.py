@@ -457,7 +457,7 @@ def test_smaller_tiles_take_less(compiler: ProcessPoolExecutor) -> None:
     assert compiler.submit(compiled_tiles, "sm_90", "float32", 512).result() == []
 
 
-@pytest.mark.full
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
 def test_smaller_tiles_take_less_everywhere(compiler: ProcessPoolExecutor, arch: str) -> None:
     shapes = [("bfloat16", 64), ("float32", 1024)]

@@ -55,7 +55,7 @@ def errors() -> dict[str, float]:
     return {r.published.name: r.error for r in validate()}
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_the_model_is_near_what_was_published(compiler: ProcessPoolExecutor) -> None:
     found = compiler.submit(errors).result()
     assert len(found) == len(cases())

@@ -1,10 +1,9 @@
 import contextlib
-import gc
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -199,9 +198,7 @@ def test_a_file_that_can_no_longer_be_read_is_named(tmp_path: Path, workers: int
     with pytest.raises(OSError, match=r"^cannot read .*2\.jpg: No such file") as caught:
         list(data.training([np.array([0, 1]), np.array([3, 2])], [0, 1]))
     assert "\n" not in str(caught.value)
-    started = time.monotonic()
-    gc.collect()
-    assert time.monotonic() - started < 3  # workers that were left to the collector time out
+    assert not multiprocessing.active_children()  # though the traceback holds the frame
     paths[2].write_bytes(paths[1].read_bytes()[:-200])
     with pytest.raises(OSError, match=r"^cannot read .*2\.jpg: .*truncated"):
         list(data.evaluation(4))
@@ -237,12 +234,13 @@ if __name__ == "__main__":
         for k, batch in enumerate(data.training([np.zeros(8, np.int64)] * 10_000, range(10_000))):
             print(k, flush=True)
             if k == 1 and sys.argv[2] == "wait":
-                time.sleep(60)
+                time.sleep(1000)
     except KeyboardInterrupt:
         sys.exit(130)
 """
 
 
+@pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize(
     ("number", "to_all", "status", "then"),
     [
@@ -265,13 +263,12 @@ def test_workers_end_with_the_main_process(
     try:
         assert process.stdout is not None
         assert [process.stdout.readline() for _ in range(2)] == ["0\n", "1\n"]  # one of each worker
-        started = time.monotonic()
         if to_all:
             os.killpg(process.pid, number)
         else:
             process.send_signal(number)
-        _, errors = process.communicate(timeout=20)  # the pipes close when the last process ends
-        assert time.monotonic() - started < 15
+        # The pipes close when the last process ends: a worker that stays is a hang.
+        _, errors = process.communicate(timeout=300)
         assert process.returncode == status
         assert "Traceback" not in errors
     finally:
@@ -279,6 +276,7 @@ def test_workers_end_with_the_main_process(
             os.killpg(process.pid, signal.SIGKILL)
 
 
+@pytest.mark.usefixtures("interrupts")
 def test_interrupts_are_held_and_not_lost() -> None:
     done = []
 

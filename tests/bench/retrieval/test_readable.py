@@ -164,6 +164,7 @@ def test_a_test_class_of_one_image_is_named(
         read(parts, console)
 
 
+@pytest.mark.usefixtures("interrupts")
 def test_an_interrupt_does_not_wait_for_what_is_queued(
     tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,10 +177,10 @@ def test_an_interrupt_does_not_wait_for_what_is_queued(
         time.sleep(0.001)
 
     monkeypatch.setattr(readable, "read_rgb", slow)
-    paths = [tmp_path / str(i) for i in range(10_000)]
+    paths = [tmp_path / str(i) for i in range(100_000)]  # minutes
     with pytest.raises(KeyboardInterrupt):
         unreadable(paths, threads=2, console=console, label="reading")
-    assert 50 <= len(seen) < 1000
+    assert 50 <= len(seen) < len(paths)
 
 
 def test_a_full_decode_agrees_that_the_image_is_whole(tmp_path: Path) -> None:
