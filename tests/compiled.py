@@ -37,9 +37,11 @@ def machine_code(shape: Shape, alpha: float = 3.0) -> dict[str, Any]:
     from pfml_triton.sketch import random_basis
 
     arch, dtype, depth = shape
+    # Of other dtypes, points only load in another way: with a gradient there is more of everything.
+    variants = [v for v in VARIANTS if dtype == "float32" or v[2]]
     basis = random_basis(depth, torch.device("cpu")).to("meta")
     potential, codes, hashes = Potential(alpha), {}, set()
-    for n, is_placed, needs_grad in VARIANTS:
+    for n, is_placed, needs_grad in variants:
         points = torch.empty(n, depth, dtype=getattr(torch, dtype), device="meta")
         rest = None
         if is_placed:

@@ -5,8 +5,8 @@
 
 A fault is one that matters: a wrong sign, bound, mask or label test, a step that is left out. For
 each, the default run goes through a copy of the checkout that has it, the nearest tests first, and
-ends with the first failure; on every core a copy is at work. The exit status says whether all faults
-were noticed.
+ends with the first failure; on every core a copy is at work. The exit status says whether every
+fault was noticed.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from queue import SimpleQueue
 from statistics import median
@@ -28,7 +29,8 @@ ROOT = Path(__file__).parents[1]
 
 # What is likely to notice.
 NEAREST = {
-    "kernels": ["tests/kernels/test_forces.py", "tests/test_sketch.py"],
+    "pack.py": ["tests/test_module.py", "tests/kernels/test_forces.py", "tests/test_sketch.py"],
+    "kernels": ["tests/kernels/test_forces.py", "tests/test_sketch.py", "tests/test_functional.py"],
     "distributed.py": ["tests/test_distributed.py"],
     "module.py": ["tests/test_module.py", "tests/test_distributed.py"],
     "": ["tests/test_torch_backend.py", "tests/test_sketch.py", "tests/test_functional.py"],
@@ -364,6 +366,9 @@ def noticed_by(fault: Fault, checkout: Path) -> str:
         file.write_text(right)
     if ran.returncode == 0:
         return ""
+    if ran.returncode < 0:
+        crashed = re.search(r"in (test_\w+)$", ran.stderr, re.MULTILINE)
+        return f"{signal.Signals(-ran.returncode).name} in {crashed and crashed[1]}"
     failed = re.search(r"^(?:FAILED|ERROR) (\S+)", ran.stdout, re.MULTILINE)
     if ran.returncode != 1 or failed is None:
         raise RuntimeError(f"pytest ended with {ran.returncode}:\n{ran.stdout}\n{ran.stderr}")
@@ -394,7 +399,9 @@ def main(words: list[str]) -> int:
             finally:
                 checkouts.put(checkout)
 
-        for i, (fault, test, took) in enumerate(pool.map(tried, faults)):
+        running = [pool.submit(tried, fault) for fault in faults]
+        for i, done in enumerate(as_completed(running)):
+            fault, test, took = done.result()
             (seconds if test else missed).append(took)
             change = f"{' '.join(fault.old.split())!r} -> {' '.join(fault.new.split())!r}"
             print(

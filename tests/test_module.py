@@ -32,12 +32,15 @@ def reference_loss(loss: PFMLLoss, embeddings: torch.Tensor, labels: torch.Tenso
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("m", [0, 1, M])
-def test_energy_and_gradients(m: int, normalize: bool, backend: str) -> None:
+@pytest.mark.parametrize(("m", "depth"), [(0, D), (1, D), (M, D), (M, 70), (M, 150)])
+def test_energy_and_gradients(m: int, depth: int, normalize: bool, backend: str) -> None:
+    """The kernels take 32 of the depth at a time, 128 in backward."""
     loss = PFMLLoss(
-        C, D, m, delta=0.7, delta_rep=1.1, min_distance=0.1, normalize=normalize, backend=backend
-    )
-    x = EMBEDDINGS.clone().requires_grad_()
+        C, depth, m, delta=0.7, delta_rep=1.1, min_distance=0.1, normalize=normalize,
+        backend=backend,
+    )  # fmt: skip
+    x = EMBEDDINGS if depth == D else torch.randn(B, depth)
+    x = x.clone().requires_grad_()
     parameters = [x, loss.proxies] if m else [x]
     value = loss(x, LABELS)
     true = reference_loss(loss, x, LABELS)

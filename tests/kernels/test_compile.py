@@ -25,7 +25,7 @@ def check(compiler: ProcessPoolExecutor, shapes: list[Shape], alpha: float = 3.0
         once = ("_count", "_plan", "_total", "_pull_back")
         assert [kernels[f"{name}_kernel"] for name in once] == [1] * 4, kernels
         assert kernels["_pack_kernel"] == 2, kernels  # gathered and scaled, or as they are
-        assert kernels["_force_kernel"] >= 3, kernels  # many points, few, without gradient
+        assert kernels["_force_kernel"] >= 3, kernels  # see tests.compiled.VARIANTS
         assert min(kernels["_filter_kernel"], kernels["_join_kernel"]) >= 1, kernels
         for name, code in codes.items():
             if code.spills_in_loops:
@@ -56,13 +56,14 @@ def test_all(compiler: ProcessPoolExecutor, arch: str, dtype: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("alpha", [0.0, 1.0, 2.5, 6.0])
+@pytest.mark.parametrize("alpha", [0.0, 2.5])  # a logarithm, an exponential; else products
 def test_other_exponents(compiler: ProcessPoolExecutor, alpha: float) -> None:
-    check(compiler, [(arch, "float32", 512) for arch in SHARED_MEMORY], alpha)
+    archs = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
+    check(compiler, [(arch, "float32", 512) for arch in archs], alpha)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("depth", [1, 20, 500, 640])
+@pytest.mark.parametrize("depth", [20, 500, 640])  # padded: a slice, four, two programs of three
 def test_odd_depths(compiler: ProcessPoolExecutor, depth: int) -> None:
     check(compiler, [(arch, "bfloat16", depth) for arch in SHARED_MEMORY])
 

@@ -40,11 +40,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize(
     ("kind", "n", "depth", "alpha"),
     [
-        ("clusters", 70, 5, 3.0),  # padded rows, a depth below one block
+        # What test_compile.py compiles as well
+        ("clusters", 70, 20, 3.0),  # padded rows, a padded depth in one slice
         ("collisions", 64, 64, 3.0),  # whole tiles
-        ("clusters", 40, 200, 0.0),  # padded depth, two slices
-        ("duplicates", 33, 520, 2.5),  # two programs of slices, one of them half padded
-        ("one_class", 50, 512, 1.0),
+        ("clusters", 40, 500, 3.0),  # in four slices
+        ("duplicates", 33, 640, 3.0),  # two programs of slices, one of them half padded
+        ("clusters", 40, 512, 0.0),
+        ("one_class", 50, 512, 2.5),
     ],
 )
 def test_forces(
