@@ -1,13 +1,13 @@
 """The providers of ``python -m bench speed`` as tests of pytest-benchmark, a group for each size.
 
-    python -m pytest bench/test_speed.py --benchmark-json=speed.json
-    python -m pytest bench/test_speed.py --benchmark-save=before
-    python -m pytest bench/test_speed.py --benchmark-compare --benchmark-columns=median,iqr,rounds
+    python -m pytest -n0 bench/test_speed.py --benchmark-json=speed.json
+    python -m pytest -n0 bench/test_speed.py --benchmark-save=before
+    python -m pytest -n0 bench/test_speed.py --benchmark-compare --benchmark-columns=median,iqr,rounds
 
 Small sizes, unless the environment variable PFML_BENCH_SIZES names some of `bench.settings.SIZES`,
 such as "cub sop" (PFML_BENCH_SLOW=1 also runs what takes more than 10 seconds a call). Whatever
 computes PFML is held against the reference before it is timed. What cannot run is skipped, and the
-skip says why. Not among the tests of this package: pytest collects `tests/` if it is given no path.
+skip says why. Not among the tests of this package, and timed in one process.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from tests import interpreter  # noqa: F401  # before anything that imports trit
 import multiprocessing
 import os
 import signal
+import socket
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -48,6 +49,19 @@ def interrupts() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="session")
+def loopback() -> None:
+    """Where the processes of gloo meet: without it there is nothing to test."""
+    try:
+        with (
+            socket.create_server(("127.0.0.1", 0)) as server,
+            socket.create_connection(server.getsockname()),
+        ):
+            pass
+    except OSError as error:
+        pytest.skip(f"processes cannot meet at 127.0.0.1: {error}")
 
 
 @pytest.fixture(scope="session")

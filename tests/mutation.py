@@ -355,7 +355,7 @@ def noticed_by(fault: Fault, checkout: Path) -> str:
     right = file.read_text()
     file.write_text(right.replace(fault.old, fault.new))
     nearest = next(tests for word, tests in NEAREST.items() if word in fault.file)
-    every = ["tests/kernels", "tests/reference", *sorted(checkout.glob("tests/test_*.py"))]
+    every = [*sorted(checkout.glob("tests/test_*.py")), "tests/kernels", "tests/reference"]
     options = ["-x", "-n0", "-p", "no:randomly", "-p", "no:cacheprovider"]
     try:
         ran = subprocess.run(

@@ -480,6 +480,7 @@ def test_what_is_no_group(group: Any) -> None:
         PFMLLoss(C, D, process_group=group)
 
 
+@pytest.mark.usefixtures("loopback")
 @pytest.mark.parametrize("sizes", [(4, 2), pytest.param((4, 3, 1), marks=pytest.mark.slow)])
 def test_ranks(sizes: tuple[int, ...], tmp_path: Path) -> None:
     """Four of them save a state, which the others read."""

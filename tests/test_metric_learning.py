@@ -373,7 +373,7 @@ def one_rank(rank: int, world: int, folder: Path) -> None:
 
 @pytest.fixture(scope="session", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def ranks(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, loopback: None
 ) -> list[dict[str, dict[str, torch.Tensor]]]:
     """What every rank of a run found."""
     world, folder = request.param, tmp_path_factory.mktemp("ranks")

@@ -88,6 +88,42 @@ def computed_as_near(x: Tensor, y: Tensor, delta: float) -> Tensor:
     return (x - y).square().sum(1) < torch.tensor(delta).square()
 
 
+@pytest.mark.parametrize("norm", [0.1, 1.0, 30.0])
+@pytest.mark.parametrize("depth", [20, 61, 200])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_lift_has_all_that_it_has_to_allow_for(backend: str, depth: int, norm: float) -> None:
+    """Term by term, as sketch.py derives it: the attacks above need no more than some of them."""
+    n, p, basis = 40, Potential(3.0, 0.2, 1.0), random_basis(depth, CPU)
+    x = norm * unit(torch.randn(n, depth))
+    labels = torch.arange(n)
+    if backend == "torch":
+        cloud = torch_backend.gather(x, labels, p, basis=basis)
+        left, right = torch_backend._sketches(cloud, p, basis)
+        coarse = x
+    else:
+        packed = launch.gather(x, labels, p, basis=basis)
+        left, right, coarse = packed.left, packed.right, packed.coarse[:n, :depth]
+    width, k = basis.shape[1], left.shape[1] - 4  # the kernels pad it
+    left, right, coarse = left.double(), right.double(), coarse.double()
+    assert torch.equal(left[:n, :k], right[:n, :k])
+    assert not left[:n, width:k].any()
+    assert torch.equal(left[:, k : k + 2], right[:, k + 2 :])
+    assert (left[:, k + 2 :] == 1).all()
+    assert (right[:, k : k + 2] == 1).all()
+    assert (left[n:, k] == -torch.inf).all()
+    sketch = left[:n, :width]
+    radius = (x.double() - coarse).norm(dim=1)
+    radius += 8 * (depth + 16) * 2.0**-23 * coarse.norm(dim=1)
+    radius += (sketch - coarse @ basis.double()).norm(dim=1)
+    reach, square = 1.001 * p.repulsion_radius, sketch.square().sum(1)
+    given = reach * radius + radius.square() + reach**2 / 4
+    least = given - square / 2 + 2.0**-14 * (given + square)
+    lift = left[:n, k : k + 2].sum(1)
+    # Two numbers of bfloat16, truncated; and what little of the radius is float32's rounding.
+    assert (lift >= least - 2.0**-15 * least.abs() - 1e-6 * (given + square)).all()
+    assert (lift <= least + 0.02 * given + 2.0**-14 * least.abs()).all()
+
+
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_no_pair_at_the_radius_is_dropped(depth: int, norm: float) -> None:
@@ -162,42 +198,6 @@ def test_backends_drop_nothing(
     assert torch.equal(terms.repelling, dense.repelling)
     assert torch.allclose(terms.nearest, dense.nearest, rtol=1e-4)
     assert torch.allclose(terms.energy, dense.energy, rtol=1e-5)
-
-
-@pytest.mark.parametrize("norm", [0.1, 1.0, 30.0])
-@pytest.mark.parametrize("depth", [20, 61, 200])
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_the_lift_has_all_that_it_has_to_allow_for(backend: str, depth: int, norm: float) -> None:
-    """Term by term, as sketch.py derives it: the attacks above need no more than some of them."""
-    n, p, basis = 40, Potential(3.0, 0.2, 1.0), random_basis(depth, CPU)
-    x = norm * unit(torch.randn(n, depth))
-    labels = torch.arange(n)
-    if backend == "torch":
-        cloud = torch_backend.gather(x, labels, p, basis=basis)
-        left, right = torch_backend._sketches(cloud, p, basis)
-        coarse = x
-    else:
-        packed = launch.gather(x, labels, p, basis=basis)
-        left, right, coarse = packed.left, packed.right, packed.coarse[:n, :depth]
-    width, k = basis.shape[1], left.shape[1] - 4  # the kernels pad it
-    left, right, coarse = left.double(), right.double(), coarse.double()
-    assert torch.equal(left[:n, :k], right[:n, :k])
-    assert not left[:n, width:k].any()
-    assert torch.equal(left[:, k : k + 2], right[:, k + 2 :])
-    assert (left[:, k + 2 :] == 1).all()
-    assert (right[:, k : k + 2] == 1).all()
-    assert (left[n:, k] == -torch.inf).all()
-    sketch = left[:n, :width]
-    radius = (x.double() - coarse).norm(dim=1)
-    radius += 8 * (depth + 16) * 2.0**-23 * coarse.norm(dim=1)
-    radius += (sketch - coarse @ basis.double()).norm(dim=1)
-    reach, square = 1.001 * p.repulsion_radius, sketch.square().sum(1)
-    given = reach * radius + radius.square() + reach**2 / 4
-    least = given - square / 2 + 2.0**-14 * (given + square)
-    lift = left[:n, k : k + 2].sum(1)
-    # Two numbers of bfloat16, truncated; and what little of the radius is float32's rounding.
-    assert (lift >= least - 2.0**-15 * least.abs() - 1e-6 * (given + square)).all()
-    assert (lift <= least + 0.02 * given + 2.0**-14 * least.abs()).all()
 
 
 def field_terms(backend: str) -> Callable[..., FieldTerms]:

@@ -15,6 +15,7 @@ from bench.settings import RanksSettings
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("loopback")
 def test_rows(tmp_path: Path) -> None:
     rows = ranks.run(RanksSettings(sizes=("cub",), ranks=(1, 3)), tmp_path, Console(quiet=True))
     assert len(read_rows(tmp_path / "ranks.jsonl")) == len(rows) == 4
