@@ -28,9 +28,15 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 
 # What is likely to notice.
+KERNELS = [
+    "tests/test_selfcheck.py::test_every_kernel_passes_in_the_interpreter",
+    "tests/kernels/test_forces.py",
+    "tests/test_sketch.py",
+    "tests/test_functional.py",
+]
 NEAREST = {
-    "pack.py": ["tests/test_module.py", "tests/kernels/test_forces.py", "tests/test_sketch.py"],
-    "kernels": ["tests/kernels/test_forces.py", "tests/test_sketch.py", "tests/test_functional.py"],
+    "pack.py": ["tests/test_module.py", *KERNELS],
+    "kernels": KERNELS,
     "distributed.py": ["tests/test_distributed.py"],
     "module.py": ["tests/test_module.py", "tests/test_distributed.py"],
     "": ["tests/test_torch_backend.py", "tests/test_sketch.py", "tests/test_functional.py"],

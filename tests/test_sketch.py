@@ -180,7 +180,8 @@ def test_backends_drop_nothing(
     of its rows and those of its columns are far apart."""
     monkeypatch.setattr(torch_backend, "_ACTIVE_SHARE", 2.0)  # never all of a row of tiles
     delta, pairs, height = 0.1875, 4, 64 if backend == "torch" else 16
-    p, at = Potential(3.0, delta), torch.arange(pairs)
+    p, tile = Potential(3.0, delta), torch.arange(pairs)
+    at_x, at_y = tile * height + torch.randint(height, (4,)), tile * 64 + torch.randint(64, (4,))
     x, y = partners(depth, norm, delta, pairs)
     rows, columns = torch.zeros(pairs * height, depth), torch.zeros(pairs * 64, depth)
     rows[:, 0], columns[:, 0] = 16 * max(norm, 1), -16 * max(norm, 1)
@@ -191,9 +192,9 @@ def test_backends_drop_nothing(
         return field_terms(backend)(*given, needs_grad=False, basis=basis)
 
     assert field(random_basis(depth, CPU)).active.sum() == 0
-    rows[at * height], columns[at * 64] = x, y
+    rows[at_x], columns[at_y] = x, y
     terms, dense = field(random_basis(depth, CPU)), field(None)
-    assert dense.repelling[at * height].sum() >= 1
+    assert dense.repelling[at_x].sum() >= 1
     assert 0 < terms.active.sum() <= pairs**2
     assert torch.equal(terms.repelling, dense.repelling)
     assert torch.allclose(terms.nearest, dense.nearest, rtol=1e-4)
