@@ -150,6 +150,27 @@ def test_the_filter_is_the_sign_of_a_product(n: int, filter_n: int) -> None:
         assert torch.equal(bits[clear], (largest > 0)[clear])
 
 
+@pytest.mark.parametrize("shared_out", [False, True])
+def test_tiles_are_looked_at_that_are_near_or_share_a_class(shared_out: bool) -> None:
+    """64 columns at a time; classes are compared as the ranges of what a tile has."""
+    x, labels = 3 * torch.randn(300, 12), torch.randint(60, (300,))
+    x[:10] = x[10:20] + 0.03  # the others are near nothing
+    tiles = tiles_for(12)
+    if shared_out:
+        tiles = dataclasses.replace(tiles, long_list=0, least_budget=1, extra_programs=5, chunk=2)
+    packed = launch.gather(x, labels, Potential(), basis=basis(x), tiles=tiles)
+    near = launch.near_tiles(packed, packed)[:, :, None] >> torch.tensor([0, 4]) & 15 != 0
+    near = near.flatten(1)[: -(-300 // 16), : -(-300 // 64)]
+    rows, columns = ([part.aminmax() for part in labels.sort()[0].split(n)] for n in (16, 64))
+    shares = torch.tensor([[a.min <= b.max and b.min <= a.max for b in columns] for a in rows])
+    expected = near | shares
+    assert (near & ~shares).any()
+    assert (shares & ~near).any()
+    assert not expected.all()
+    terms = launch.field_terms(packed, packed, Potential(), needs_grad=False)
+    assert terms.active.tolist() == expected.sum(1).tolist()
+
+
 def field(x: Tensor, labels: Tensor, tiles: Tiles | None = None) -> tuple[Tensor, Tensor]:
     terms = terms_of(
         launch, x, labels, x, labels, Potential(), needs_grad=True, basis=basis(x), tiles=tiles
