@@ -359,17 +359,20 @@ def noticed_by(fault: Fault, checkout: Path) -> str:
     """The first test that fails where the fault is, or nothing."""
     file = checkout / "pfml_triton" / fault.file
     right = file.read_text()
-    file.write_text(right.replace(fault.old, fault.new))
     nearest = next(tests for word, tests in NEAREST.items() if word in fault.file)
-    every = [*sorted(checkout.glob("tests/test_*.py")), "tests/kernels", "tests/reference"]
-    options = ["-x", "-n0", "-p", "no:randomly", "-p", "no:cacheprovider"]
     try:
-        ran = subprocess.run(
-            [sys.executable, "-m", "pytest", *options, *nearest, *every],
-            cwd=checkout, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        file.write_text(right.replace(fault.old, fault.new))
+        return first_failure(checkout, nearest) or first_failure(checkout, [])
     finally:
         file.write_text(right)
+
+
+def first_failure(checkout: Path, tests: list[str]) -> str:
+    """Of some tests, or of the default run."""
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-n0", "-p", "no:randomly", *tests],
+        cwd=checkout, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+    )  # fmt: skip
     if ran.returncode == 0:
         return ""
     if ran.returncode < 0:
