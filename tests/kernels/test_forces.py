@@ -102,9 +102,10 @@ def test_tile_shapes_agree(n: int, depth: int, tiles: dict[str, int]) -> None:
 @pytest.mark.parametrize("extra", [1, 3, 50])
 def test_long_lists_are_shared_out(extra: int) -> None:
     """The same sums in another order, and the same every time, however many programs there are."""
-    x, labels = cloud("clusters", 70, 20, 30, torch.float64)
+    x, labels = cloud("collisions", 130, 20, 30, torch.float64)
     labels[:25] = 2  # one class with long lists
     y, y_labels = cloud("collisions", 230, 20, 30, torch.float64, seed=1)
+    y[:130] = x + 0.1 * torch.nn.functional.normalize(torch.randn(130, 20).double(), dim=1)
     shared = dataclasses.replace(
         tiles_for(20), long_list=0, least_budget=1, extra_programs=extra, chunk=2
     )
@@ -127,6 +128,19 @@ def test_long_lists_are_shared_out(extra: int) -> None:
         assert torch.equal(other.active, one.active)
         for name in ("energy", "attracting", "repelling", "own_class", "nearest", "grad"):
             assert torch.equal(getattr(other, name), getattr(again, name)), name
+
+
+@pytest.mark.parametrize("extra", [1, 100, 5000])
+def test_a_plan_of_many_lists(extra: int) -> None:
+    """Two blocks of them and a half, as 40,000 points have: no more programs than there are."""
+    count = torch.randint(0, 50, (2500,), dtype=torch.int32)
+    extra_of, budget = torch.empty_like(count), count.new_empty(1)
+    launch._plan_kernel[(1,)](count, extra_of, budget, 2500, extra, 3, BLOCK=1024)
+    least = max(-(-int(count.sum()) // extra), 3)
+    assert budget.tolist() == [least]
+    expected = ((count - 1).clamp(0) // least).cumsum(0)
+    assert extra_of.tolist() == expected.tolist()
+    assert extra_of[-1] <= extra
 
 
 @pytest.mark.parametrize("filter_n", [128, 256])
