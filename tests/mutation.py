@@ -119,7 +119,6 @@ FAULTS: dict[str, list[tuple[str, str]]] = {
         ("begin = (extra - before + 1) * budget", "begin = (extra - before) * budget"),
         ("end = begin + budget", "end = begin + budget - 1"),
         ("(rank >= begin) & (rank < end)", "(rank > begin) & (rank < end)"),
-        ("ahead + tl.cumsum(listed, 0) - listed", "tl.cumsum(listed, 0) - listed"),
         ("product = tl.dot(a, b, product)", "product = tl.dot(a, b)"),
         ("coarse_d2 = norms - 2.0 * product", "coarse_d2 = norms - 1.9 * product"),
         ("outer = rep_radius + margin", "outer = rep_radius"),

@@ -232,12 +232,13 @@ def test_counts_of_40_billion_pairs_are_exact(backend: str) -> None:
             repelling=torch.full((n,), repelling, dtype=counts),
             own_class=torch.full((n,), own, dtype=counts),
             grad=None,
-            nearest=torch.full((n,), math.inf),
+            nearest=torch.full((n,), math.inf).index_fill(0, torch.tensor([12_345]), 0.25),
             active=torch.full((12_500,), 3125, dtype=counts),
             tiles=12_500 * 3125,
         )
         value, totals = served.total(terms, many, many, p, among=True)
-        above, attractions, repulsions, _, active, energy, _, tiles = totals.tolist()
+        above, attractions, repulsions, nearest, active, energy, _, tiles = totals.tolist()
+        assert nearest == 0.5
         assert attractions == n * attracting
         assert repulsions == n * repelling
         assert active == tiles

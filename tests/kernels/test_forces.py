@@ -320,16 +320,19 @@ def test_nominated_at_the_radii() -> None:
 
 
 def test_nominated_in_spite_of_the_products_rounding() -> None:
-    """Points that bfloat16 holds, of norm 500, within 3e-7 of delta_rep: the slack."""
+    """Points that bfloat16 holds, of norm 500, within 3e-7 of a radius: the slack."""
     g = torch.Generator().manual_seed(0)
     for _ in range(12):
         x = (64 * torch.randn(1, 64, generator=g)).bfloat16()
         y = (x + 0.6 * torch.randn(1, 64, generator=g)).bfloat16()
         d = (x.double() - y.double()).norm().item()
+        one, other = torch.tensor([0]), torch.tensor([1])
         p = Potential(3.0, 0.5 * d, d * (1 + 3e-7))
-        labels = torch.arange(2)
-        terms = terms_of(launch, x, labels[:1], y, labels[1:], p, needs_grad=False, basis=basis(x))
+        terms = terms_of(launch, x, one, y, other, p, needs_grad=False, basis=basis(x))
         assert terms.repelling.tolist() == [1]
+        p = Potential(3.0, d * (1 - 3e-7))
+        terms = terms_of(launch, x, one, y, one, p, needs_grad=False, basis=basis(x))
+        assert terms.attracting.tolist() == [1]
 
 
 @pytest.mark.parametrize("swapped", [False, True])
