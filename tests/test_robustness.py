@@ -253,6 +253,26 @@ def test_counts_of_40_billion_pairs_are_exact(backend: str) -> None:
 
 
 @backends
+@pytest.mark.parametrize("nothing", [0.0, math.nan])
+@pytest.mark.parametrize("nearest", [0.0, math.inf])
+def test_the_totals_of_two_fields_are_one(nearest: float, nothing: float, backend: str) -> None:
+    """Sums, but for the smallest distance; what is not finite in one shows in the value."""
+    served: Any = {"torch": plain, "triton": launch}[backend]
+    x, labels = cloud("collisions", 30, 6, 3, torch.float32)
+    p = Potential()
+    points = served.gather(x, labels, p)
+    terms = served.field_terms(points, points, p, needs_grad=False)
+    _, alone = served.total(terms, points, points, p, among=True)
+    assert 0 < alone[3] < math.inf
+    before = torch.tensor([1.5, 2, 3, nearest, 4, -5.25, nothing, 6], dtype=torch.float64)
+    value, both = served.total(terms, points, points, p, among=True, pairs=7, before=before)
+    expected = alone + before
+    expected[3] = min(float(alone[3]), nearest)
+    assert torch.allclose(both, expected, rtol=1e-12, equal_nan=True)
+    assert torch.allclose(value.double(), (expected[5] / 7) + nothing, rtol=1e-6, equal_nan=True)
+
+
+@backends
 def test_labels_of_stride_0(backend: str) -> None:
     x = torch.randn(9, 4)
     given = torch.tensor([3]).expand(9)
