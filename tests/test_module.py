@@ -52,6 +52,16 @@ def test_energy_and_gradients(m: int, depth: int, normalize: bool, backend: str)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_proxies_of_any_strides(backend: str) -> None:
+    loss = PFMLLoss(C, D, 1, backend=backend)
+    expected = loss(EMBEDDINGS, LABELS)
+    wide = torch.stack([loss.proxies.detach(), torch.full((C, 1, D), torch.nan)], 3)
+    loss.proxies = torch.nn.Parameter(wide[..., 0])
+    assert loss.proxies.stride(2) == 2
+    assert torch.equal(loss(EMBEDDINGS, LABELS), expected)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_an_empty_batch_is_the_proxies_own_energy(backend: str) -> None:
     loss = PFMLLoss(C, D, M, delta=0.9, backend=backend)
     x = torch.empty(0, D, requires_grad=True)

@@ -213,7 +213,9 @@ def test_a_basis_never_lengthens(depth: int, cast: torch.dtype) -> None:
     points = torch.randn(300, depth) * torch.logspace(0, -2, depth)
     assert torch.equal(sound_basis(random.to(cast)), random.to(cast).bfloat16())
     turned = turned_basis(random, points)
-    for basis in (random, sound_basis(turned.to(cast)), sound_basis(100 * turned.to(cast))):
+    one_direction = random[:, :1].expand(random.shape)
+    given = (turned, 100 * turned, one_direction)
+    for basis in (random, *(sound_basis(basis.to(cast)) for basis in given)):
         assert basis.is_contiguous()
         assert basis.dtype == torch.bfloat16
         assert torch.linalg.matrix_norm(basis.double(), 2) <= 1
