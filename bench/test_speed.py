@@ -2,7 +2,7 @@
 
     python -m pytest -n0 bench/test_speed.py --benchmark-json=speed.json
     python -m pytest -n0 bench/test_speed.py --benchmark-save=before
-    python -m pytest -n0 bench/test_speed.py --benchmark-compare --benchmark-columns=median,iqr,rounds
+    python -m pytest -n0 bench/test_speed.py --benchmark-compare --benchmark-columns=median,iqr
 
 Small sizes, unless the environment variable PFML_BENCH_SIZES names some of `bench.settings.SIZES`,
 such as "cub sop" (PFML_BENCH_SLOW=1 also runs what takes more than 10 seconds a call). Whatever
