@@ -11,7 +11,6 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from tests import compiled
 torch.set_num_threads(1)  # the tensors are small: threads would only wait for each other
 
 # What Triton compiles is kept from run to run, if that is possible.
-if not os.access(os.environ.get("TRITON_HOME", Path.home()), os.W_OK):
+if not os.access(os.environ.get("TRITON_HOME", os.path.expanduser("~")), os.W_OK):
     os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp(prefix="pfml-triton-"))
 # No tuning of this machine changes what is tested.
 os.environ["PFML_TRITON_TUNING"] = ""

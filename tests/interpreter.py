@@ -13,7 +13,7 @@ from typing import Any
 from triton.runtime import interpreter
 
 # The interpreter computes whether an integer operation overflows, then ignores the answer unless
-# `debug` is set: 40 % of a kernel's time.
+# `debug` is set: a sixth of a kernel's time.
 _builder = interpreter.interpreter_builder
 _builder.options = dataclasses.replace(_builder.options, sanitize_overflow=False)
 
@@ -24,8 +24,8 @@ def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Call a device function.
 
     The interpreter replaces all of triton.language anew at every such call, though the launch of
-    the kernel has done it for the kernel's own module, and no launch undoes it for another: 40 % of
-    a kernel's time.
+    the kernel has done it for the kernel's own module, and no launch undoes it for another: more
+    than a third of a kernel's time.
     """
     if self.fn.__module__ not in _patched:
         interpreter._patch_lang(self.fn)
