@@ -393,10 +393,8 @@ def saved(loss: PFMLLoss, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def state_of_others(world: World) -> None:
-    """What 4 ranks saved, on fewer, and with a loss of one process."""
-    folder = world.folder / "state4"
-    if not folder.exists():
-        return
+    """What the first ranks saved, on fewer, and with a loss of one process."""
+    folder = max(world.folder.glob("state*"))  # whose ranks were the most
     for loss in world.pair():
         optimizer = torch.optim.Adam(loss.parameters(), lr=0.1)
         loss.proxies.grad = torch.zeros_like(loss.proxies)
@@ -412,7 +410,7 @@ def state_of_others(world: World) -> None:
         if reference.exists():
             for ours, theirs in zip(whole, torch.load(reference), strict=True):
                 assert torch.equal(ours, theirs)
-        elif world.size == 4 and world.rank == 0:
+        elif world.rank == 0:
             torch.save(whole, world.folder / "part of it")
             (world.folder / "part of it").rename(reference)  # the other ranks look for it
 
@@ -481,8 +479,8 @@ def test_what_is_no_group(group: Any) -> None:
 
 
 @pytest.mark.usefixtures("loopback")
-@pytest.mark.parametrize("sizes", [(4, 2), pytest.param((4, 3, 1), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sizes", [(4, 2), pytest.param((3, 1), marks=pytest.mark.slow)])
 def test_ranks(sizes: tuple[int, ...], tmp_path: Path) -> None:
-    """Four of them save a state, which the others read."""
+    """The first save a state, which the others read."""
     for size in sizes:
         assert not (failures := failures_of(size, tmp_path)), failures
