@@ -41,6 +41,12 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _interpreter_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that compile take the variable away, for the process that they are."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
 @pytest.fixture
 def interrupts() -> Iterator[None]:
     """Ctrl-C interrupts this process and those it starts, though a shell's background job, as the

@@ -10,6 +10,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 import dataclasses
 from typing import Any
 
+import triton.experimental.gluon  # noqa: F401  # the interpreter does, wherever it first needs it
 from triton.runtime import interpreter
 
 # The interpreter computes whether an integer operation overflows, then ignores the answer unless
