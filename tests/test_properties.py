@@ -88,7 +88,7 @@ def test_pruning_changes_nothing(**configuration: object) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=5, deadline=None, derandomize=True)
 @given(**CONFIGURATIONS | {"n": st.integers(2, 150)})
 def test_pruning_changes_nothing_in_the_kernels(**configuration: object) -> None:
     pruned_as_dense("triton", **configuration)  # type: ignore[arg-type]

@@ -12,8 +12,8 @@ from bench.machine import Code
 from pfml_triton.kernels.config import tiles_for
 from tests.compiled import Shape, filter_bytes, machine_code, synchronisations
 
-DEPTHS = (64, 128, 384, 512, 768, 1024)
-KINDS = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
+DEPTHS = (64, 128, 384, 512, 1024)
+KINDS = ("sm_80", "sm_86", "sm_90", "sm_120", "gfx942")
 
 
 def check(compiler: ProcessPoolExecutor, shapes: list[Shape], alpha: float = 3.0) -> None:
