@@ -14,6 +14,7 @@ from tests.clouds import (
     assert_near,
     assert_same_without_grad,
     assert_terms_near,
+    basis,
     cloud,
     eager,
     terms_of,
@@ -125,6 +126,38 @@ def test_nominated_in_spite_of_the_products_rounding(
     terms = terms_of(torch_backend, x, labels, x, labels, Potential(), needs_grad=False)
     exact = torch.cdist(x.double(), x.double(), compute_mode="donot_use_mm_for_euclid_dist")
     assert torch.equal(terms.repelling, (exact < 0.2).sum(1) - 1)
+
+
+@pytest.mark.parametrize(("norm", "depth"), [(270.0, 64), (100.0, 300)])
+def test_attraction_nominated_in_spite_of_the_products_rounding(
+    monkeypatch: pytest.MonkeyPatch, norm: float, depth: int
+) -> None:
+    """Tile by tile; where all of a row of tiles is looked at, classes decide."""
+    monkeypatch.setattr(torch_backend, "_ACTIVE_SHARE", 2.0)
+    monkeypatch.setattr(torch_backend, "_DENSE_SHARE_OF_TILE", 2.0)
+    x, _ = partners(0.2002, norm, depth)
+    labels = torch.arange(200).repeat(2)
+    given = x, labels, x, labels, Potential()
+    terms = terms_of(torch_backend, *given, needs_grad=False, basis=basis(x))
+    assert (terms.attracting == 1).all()
+
+
+def test_tiles_are_looked_at_that_are_near_or_share_a_class() -> None:
+    """Of more points than one product has columns: what is below the diagonal is mirrored."""
+    n, p = 2500, Potential()
+    x, labels = 3 * torch.randn(n, 12), torch.randint(400, (n,))
+    x[:30] = x[30:60] + 0.03  # the others are near nothing
+    points, again = (torch_backend.gather(x, labels, p, basis=basis(x)) for _ in range(2))
+    rows, columns = torch_backend._sketches(points, p, basis(x))
+    largest = rows.double() @ columns.double().T
+    near = largest.unflatten(1, (-1, 64)).unflatten(0, (-1, 64)).amax((1, 3)) > 0
+    ranges = [part.aminmax() for part in labels.sort()[0].split(64)]
+    shares = torch.tensor([[a.min <= b.max and b.min <= a.max for b in ranges] for a in ranges])
+    assert (near & ~shares).any()
+    assert (shares & ~near).any()
+    for acting in (points, again):
+        active = torch_backend._active_tiles(points, acting, p, basis(x))
+        assert torch.equal(active, near | shares)
 
 
 @pytest.mark.parametrize("how", ["autocast", "medium"])
