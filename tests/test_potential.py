@@ -73,3 +73,9 @@ def test_delta_rep_defaults_to_delta() -> None:
     assert Potential(delta=0.4).repulsion_radius == 0.4
     assert Potential(1, 0.2) == Potential(1.0, 0.2, 0.2)
     assert hash(Potential(1, 0.2)) == hash(Potential(1.0, 0.2, 0.2))
+
+
+@pytest.mark.parametrize(("alpha", "stiffest"), [(0.0, 1e4), (0.5, 1e5), (3.0, 3e10)])
+def test_the_largest_stiffness(alpha: float, stiffest: float) -> None:
+    """alpha m^-(alpha + 2), and m^-2 of the logarithm; below 1, alpha is taken for 1."""
+    assert Potential(alpha, min_distance=0.01).max_stiffness == pytest.approx(stiffest)

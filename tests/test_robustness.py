@@ -143,11 +143,12 @@ def test_lengths_from_nothing_to_huge_are_scaled(backend: str) -> None:
     given = PFMLLoss(3, 5, 2, normalize=False, backend=backend)
     with torch.no_grad():
         given.proxies.copy_(torch.nn.functional.normalize(loss.proxies, dim=2))
-    value, grad, *_ = step(loss, (1e-16 * directions).float(), labels)
-    scaled, of_scaled, *_ = step(given, (1e-4 * directions).float(), labels)
-    assert torch.allclose(value, scaled, rtol=1e-6)
-    scale = float(of_scaled.abs().max())
-    assert torch.allclose(1e-12 * grad, of_scaled, rtol=1e-5, atol=1e-5 * scale)
+    for norm in (1e-16, 5e-13):
+        value, grad, *_ = step(loss, (norm * directions).float(), labels)
+        scaled, of_scaled, *_ = step(given, (1e12 * norm * directions).float(), labels)
+        assert torch.allclose(value, scaled, rtol=1e-6)
+        scale = float(of_scaled.abs().max())
+        assert torch.allclose(1e-12 * grad, of_scaled, rtol=1e-5, atol=1e-5 * scale)
     for short in (1e-20 * directions, 1e-30 * directions, 0 * directions):
         assert all(t.isfinite().all() for t in step(loss, short.float(), labels)[:3])
 
