@@ -315,7 +315,6 @@ FAULTS: dict[str, list[tuple[str, str]]] = {
         ("repeat_interleave(m)", "repeat(m)"),
         ("sum(batches),", "batches[self.rank],"),
         ("whole[nearest] = rows[:, nearest].amin()", "pass"),
-        ('/ max(pairs, 1) + found["nothing"]', "/ max(pairs, 1)"),
         ("energy + (value - value.detach())", "value"),
         ("return grad_output * ctx.ranks, None", "return grad_output, None"),
         ("longest = max(", "longest = min("),
