@@ -68,7 +68,7 @@ def code(compiled: Any) -> Code:
 @lru_cache(maxsize=8)
 def _code(cubin: bytes) -> Code:
     with _file(cubin) as path:
-        lines = _tool("nvdisasm", "-c", path).splitlines()
+        lines = _tool("nvdisasm", "-c", "-ndf", path).splitlines()
     return Code([line for line in lines if re.match(r"\s*(\.L\w+:|/\*[0-9a-f]+\*/)", line)])
 
 

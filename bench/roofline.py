@@ -27,7 +27,7 @@ from bench.estimate import Estimate, estimate, some, us
 from bench.results import append_row, provenance
 from bench.roofline_plot import roofline_figure
 from bench.settings import DTYPES, MODELLED, SIZES, RooflineSettings, Size
-from bench.validation import Validation, sources, validate, validation_table
+from bench.validation import Validation, cases, sources, validate, validation_table
 from bench.workloads import Kernel, name_of, parts_of, read
 from pfml_triton import Potential
 
@@ -131,7 +131,7 @@ def run(settings: RooflineSettings, out: Path, console: Console | None = None) -
                 for row in step.rows():
                     rows.append(row | {"seed": settings.seed} | provenance(torch.device("cpu")))
                     append_row(out / "roofline.jsonl", rows[-1])
-        results = list(validate(progress))
+        results = [validate(case, progress) for case in cases()]
     console.print(validation_table(results))
     for line in sources(results):
         console.print(line, highlight=False)

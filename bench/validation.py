@@ -126,18 +126,17 @@ def cases() -> list[Published]:
     ]  # fmt: skip
 
 
-def validate(progress: Progress | None = None) -> Iterator[Validation]:
-    """Model each of `cases`, compiling all that its tutorial lists."""
-    for case in cases():
-        tried: Iterable[Tiles] = case.configurations
-        if progress is not None:
-            tried = progress.track(tried, description=f"{case.arch} {case.name}")
-        chip, found = CHIPS[case.arch], []
-        for configuration in tried:
-            kernel = read(case.launch(configuration), case.arch, chip)
-            if kernel.resident:
-                found.append((configuration, estimate(kernel, chip, case.parts(kernel))))
-        yield Validation(case, *min(found, key=lambda pair: pair[1].seconds))
+def validate(case: Published, progress: Progress | None = None) -> Validation:
+    """Model a case, compiling all that its tutorial lists."""
+    tried: Iterable[Tiles] = case.configurations
+    if progress is not None:
+        tried = progress.track(tried, description=f"{case.arch} {case.name}")
+    chip, found = CHIPS[case.arch], []
+    for configuration in tried:
+        kernel = read(case.launch(configuration), case.arch, chip)
+        if kernel.resident:
+            found.append((configuration, estimate(kernel, chip, case.parts(kernel))))
+    return Validation(case, *min(found, key=lambda pair: pair[1].seconds))
 
 
 def validation_table(results: list[Validation]) -> Table:

@@ -124,7 +124,13 @@ def test_a_point_that_is_not_finite_shows(bad: float, backend: str) -> None:
     assert torch.isnan(y.grad).all()
     field = class_potential(x, X, LABELS, 0, backend=backend)
     assert torch.isnan(field).nonzero().flatten().tolist() == [3]
-    assert torch.isnan(class_potential(X, x, LABELS, 0, backend=backend)).all()
+    others = torch.arange(len(X)) != 3
+    alone = class_potential(X, X, LABELS, 0, backend=backend)
+    assert torch.allclose(field[others], alone[others], rtol=1e-6)
+    queries = X.clone().requires_grad_()
+    field = class_potential(queries, x, LABELS, 0, backend=backend)
+    assert torch.isnan(field).all()
+    assert torch.isnan(torch.autograd.grad(field.sum(), queries)[0]).all()
     for call in (
         lambda: potential_energy(x, LABELS, validate=True, backend=backend),
         lambda: potential_energy(

@@ -332,6 +332,25 @@ def test_the_sketch_follows_the_embeddings_in_training() -> None:
     assert torch.equal(settled.sketch_basis, before)
 
 
+def test_the_sketch_follows_directions_where_points_are_scaled() -> None:
+    x, found = low_rank_batch(64, 512), []
+    for lengths in (torch.ones(64, 1), 2.0 ** (torch.arange(64)[:, None] % 20)):
+        loss = PFMLLoss(64, 512, 1)
+        loss(lengths * x, torch.arange(64))
+        found.append(loss.sketch_basis)
+    assert torch.equal(*found)
+
+
+def test_calls_at_which_the_sketch_turns() -> None:
+    loss, turned = PFMLLoss(8, 70, 1), []
+    for call in range(205):
+        before = loss.sketch_basis.clone()
+        loss(torch.randn(8, 70), torch.arange(8))
+        if not torch.equal(loss.sketch_basis, before):
+            turned.append(call)
+    assert turned == [0, 1, 2, 4, 8, 16, 32, 64, 100, 200]
+
+
 def test_a_batch_that_is_not_finite_leaves_the_sketch_alone() -> None:
     loss = PFMLLoss(10, 128, 2)
     x = torch.randn(20, 128)

@@ -458,7 +458,7 @@ def test_smaller_tiles_take_less(compiler: ProcessPoolExecutor) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sm_80", "sm_100", "sm_120", "gfx942"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_100", "gfx942"])  # each multiplies in its own way
 def test_smaller_tiles_take_less_everywhere(compiler: ProcessPoolExecutor, arch: str) -> None:
     shapes = [("bfloat16", 64), ("float32", 1024)]
     futures = [compiler.submit(compiled_tiles, arch, *shape) for shape in shapes]

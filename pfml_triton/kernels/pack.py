@@ -131,7 +131,6 @@ def _pack_kernel(
         square = tl.sum(rounded * rounded, 1)
         given = (reach + radius) * radius + 0.25 * reach * reach
         lift = given - 0.5 * square + slack * (given + square)
-        lift = tl.where(square < float("inf"), lift, float("inf"))
         lift = tl.where(rows < N, lift, float("-inf"))
         high = lift.to(tl.bfloat16).to(tl.float32)
         low = tl.where(tl.abs(high) < float("inf"), lift - high, 0.0)

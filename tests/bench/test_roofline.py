@@ -186,7 +186,8 @@ CHECKED = Validation(CASE, (128, 64, 32, 4, 3), ESTIMATE)
 def modelled(settings: RooflineSettings, out: Path) -> list[dict[str, Any]]:
     with (
         mock.patch.dict(SIZES, SMALL),
-        mock.patch.object(roofline, "validate", return_value=iter([CHECKED])),
+        mock.patch.object(roofline, "cases", return_value=[CHECKED.published]),
+        mock.patch.object(roofline, "validate", return_value=CHECKED),
         (out / "printed").open("w") as file,
     ):
         return roofline.run(settings, out, Console(file=file, width=100))
