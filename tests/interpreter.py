@@ -1,4 +1,4 @@
-"""Triton's interpreter, without the half of its work that changes no result.
+"""Triton's interpreter, without the half of its work that changes no result, and with bounds.
 
 Import this before anything that imports triton.
 """
@@ -8,8 +8,10 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
 import dataclasses
+import threading
 from typing import Any
 
+import torch
 import triton.experimental.gluon  # noqa: F401  # the interpreter does, wherever it first needs it
 from triton.runtime import interpreter
 
@@ -38,3 +40,57 @@ def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 interpreter.InterpretedFunction.__call__ = _call
+
+# What lies around a tensor in memory is often 0, so that a read beyond its end, which on a GPU may
+# end the process, can go unnoticed: every access has to lie in an argument of the kernel.
+
+_launch = threading.local()
+_init_args = interpreter.GridExecutor._init_args_hst
+_load = type(_builder).create_masked_load
+_store = type(_builder).create_masked_store
+
+
+def _init_args_and_bounds(self: Any, args: Any, kwargs: Any) -> Any:
+    found = _init_args(self, args, kwargs)
+    tensors = (interpreter._unwrap_tensor(x) for x in (*found[0], *found[1].values()))
+    _launch.kernel = self.fn.__name__
+    _launch.bounds = [
+        (t.data_ptr(), t.data_ptr() + (1 + _offset_of_the_last(t)) * t.element_size())
+        for t in tensors
+        if isinstance(t, torch.Tensor) and t.numel() > 0
+    ]
+    return found
+
+
+def _offset_of_the_last(tensor: torch.Tensor) -> int:
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return sum((size - 1) * stride for size, stride in sizes)
+
+
+def _check(pointers: Any, mask: Any) -> None:
+    used = pointers.data[mask.data]
+    if used.size == 0:
+        return
+    nbytes = max(pointers.get_element_ty().primitive_bitwidth // 8, 1)
+    first, end = int(used.min()), int(used.max()) + nbytes
+    if not any(low <= first and end <= high for low, high in _launch.bounds):
+        nearest = min(_launch.bounds, key=lambda bound: abs(bound[0] - first), default=None)
+        raise IndexError(
+            f"{_launch.kernel} uses bytes {first} to {end}, which are in none of its tensors; "
+            f"the nearest has {nearest}"
+        )
+
+
+def _bounded_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+    _check(pointers, mask)
+    return _load(self, pointers, mask, *rest)
+
+
+def _bounded_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+    _check(pointers, mask)
+    return _store(self, pointers, value, mask, *rest)
+
+
+interpreter.GridExecutor._init_args_hst = _init_args_and_bounds
+type(_builder).create_masked_load = _bounded_load
+type(_builder).create_masked_store = _bounded_store

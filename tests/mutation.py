@@ -109,6 +109,7 @@ FAULTS: dict[str, list[tuple[str, str]]] = {
         ("grad += tl.load(grad_ptr + part", "grad -= tl.load(grad_ptr + part"),
     ],
     "kernels/forces.py": [
+        ("mask=tile_x > 0, other=0)", "mask=tile_x >= 0, other=0)"),
         ("stiffness = alpha * phi * inverse * inverse", "stiffness = alpha * phi * inverse"),
         ("stiffness = inverse * inverse", "stiffness = inverse"),
         ("phi = tl.log(inverse)", "phi = -tl.log(inverse)"),
