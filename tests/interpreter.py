@@ -81,14 +81,16 @@ def _check(pointers: Any, mask: Any) -> None:
         )
 
 
-def _bounded_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+def _bounded_load(self: Any, pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
     _check(pointers, mask)
-    return _load(self, pointers, mask, *rest)
+    return _load(self, pointers, mask, *rest, **named)
 
 
-def _bounded_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+def _bounded_store(
+    self: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **named: Any
+) -> Any:
     _check(pointers, mask)
-    return _store(self, pointers, value, mask, *rest)
+    return _store(self, pointers, value, mask, *rest, **named)
 
 
 interpreter.GridExecutor._init_args_hst = _init_args_and_bounds
