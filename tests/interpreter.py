@@ -1,4 +1,4 @@
-"""Triton's interpreter, without the half of its work that changes no result, and with bounds.
+"""Triton's interpreter, without the half of its work that changes no result, with bounds checked.
 
 Import this before anything that imports triton.
 """
@@ -41,8 +41,8 @@ def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 interpreter.InterpretedFunction.__call__ = _call
 
-# What lies around a tensor in memory is often 0, so that a read beyond its end, which on a GPU may
-# end the process, can go unnoticed: every access has to lie in an argument of the kernel.
+# Every load and store has to lie in a tensor that the kernel was given. Without a check, a read
+# beyond one goes unnoticed where the memory around it is 0, as it often is.
 
 _launch = threading.local()
 _init_args = interpreter.GridExecutor._init_args_hst

@@ -503,7 +503,7 @@ def train(loss: PFMLLoss, steps: int) -> None:
 def test_steps_leave_nothing_behind(backend: str, warm: int, steps: int) -> None:
     loss = PFMLLoss(5, 20, 2, backend=backend)
     train(loss, warm)
-    # What other tests left may go meanwhile, and they may have threads that still need memory.
+    # Tensors of other tests may die meanwhile, and their threads may still allocate memory.
     before = [weakref.ref(tensor) for tensor in live_tensors()]
     growth = []
     while not growth or growth[-1] >= 2 << 20:

@@ -123,7 +123,8 @@ def _pack_kernel(
         tl.store(first_label_ptr + tile, tl.load(label_ptr + tile * BLOCK_M))
         tl.store(last_label_ptr + tile, tl.load(label_ptr + last))
 
-    if SKETCHED:  # see sketch.py, which is the same in torch
+    # As in sketch.py, except where |s~|^2 overflows: then so does 4 |x|^2, and the loss is NaN.
+    if SKETCHED:
         rounded = sketch.to(tl.bfloat16).to(tl.float32)
         lost = sketch - rounded
         radius = radius.to(tl.float32) + tl.sqrt(tl.sum(lost * lost, 1)) * 1.001
