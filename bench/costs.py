@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.clocks import elapsed
 from bench.clouds import Cloud
 
 OPERATIONS_PER_PAIR = 5  # times D: difference, its square summed (2), weight, sum of the gradient
@@ -50,9 +50,17 @@ class Workload:
 
     def call(self, mode: str) -> tuple[Tensor, float]:
         """One call in one of `MODES`, of the next copy: the loss, and milliseconds."""
+        self._next()
+        return elapsed(lambda: self._step(mode), self._labels.device)
+
+    def launch(self, mode: str) -> None:
+        """As `call`, but nothing is timed, and nothing waits for the device."""
+        self._next()
+        self._step(mode)
+
+    def _next(self) -> None:
         self.clear()
         self._loss, self._embeddings = next(self._turns)
-        return elapsed(lambda: self._step(mode), self._labels.device)
 
     def _step(self, mode: str) -> Tensor:
         if mode == "forward":
@@ -94,26 +102,6 @@ def copies_beyond(cache_bytes: int, cloud: Cloud) -> int:
 def cache_bytes(device: torch.device) -> int:
     """The L2 cache of a GPU; 0 on a CPU, where a training step too finds its inputs in a cache."""
     return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
-
-
-def elapsed(call: Callable[[], T], device: torch.device) -> tuple[T, float]:
-    """What `call` returns, and the milliseconds it takes.
-
-    On a GPU these are between two events on the device, once it is idle: time in which it waits for
-    the host counts, as it does for a caller.
-    """
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize()
-            start.record()
-            result = call()
-            end.record()
-            end.synchronize()
-            return result, start.elapsed_time(end)
-    started = time.perf_counter()
-    result = call()
-    return result, 1e3 * (time.perf_counter() - started)
 
 
 def operations(function: Callable[[], T]) -> tuple[T, int]:

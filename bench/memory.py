@@ -127,6 +127,14 @@ def available_bytes(device: torch.device) -> float:
         return math.inf
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory was not to be had, on a GPU or on a CPU."""
+    texts = ("can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    )
+
+
 def _kernel_bytes(path: str, field: str) -> int:
     """A figure that Linux gives in kB."""
     for line in Path(path).read_text().splitlines():

@@ -3,6 +3,13 @@
 `run` is the experiment behind ``python -m bench speed``. Several *providers* get the same cloud of
 points. Those that compute Eq. 6 are held against `reference/` first, and one that is wrong gets no
 time. Then they are timed in turn. Peak memory is that of a call in a process of its own.
+
+This loss is timed as it is in the midst of a training: the basis of its sketch turns in one call of
+a hundred, instead of in each of the first ones (`bench.providers`).
+
+Each of these calls finds the device idle. On a GPU, a training keeps it busy, so three more columns
+of a row tell the time of calls back to back, that of the host, and that of a CUDA graph, in which
+the host has no part.
 """
 
 from __future__ import annotations
@@ -20,10 +27,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from bench.clocks import back_to_back, graph_us, host_us
 from bench.clouds import make_cloud
 from bench.costs import Workload, cache_bytes, copies_beyond, operations
 from bench.devices import resolve_device
-from bench.memory import available_bytes, peaks_apart
+from bench.memory import available_bytes, is_out_of_memory, peaks_apart
 from bench.parity import Errors, Truth, errors, truth
 from bench.providers import POTENTIAL, PROVIDERS, Provider, obstacle, tiles_of
 from bench.results import append_row, provenance
@@ -36,9 +44,9 @@ _COMPILER_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 _BOTH = "forward+backward"
 _ROUNDING = 0.5  # of a gradient to half precision, in units of that precision
 _LATER = (  # columns of a row that only a measurement fills
-    "configuration", "first_ms", "p20_ms", "p50_ms", "p80_ms", "repeats", "peak_bytes",
-    "extra_bytes", "active_share", "executed_operations", "parity_error", "energy_error",
-    "tolerance",
+    "configuration", "first_ms", "p20_ms", "p50_ms", "p80_ms", "repeats", "back_to_back_ms",
+    "host_ms", "graph_ms", "peak_bytes", "extra_bytes", "active_share", "executed_operations",
+    "parity_error", "energy_error", "tolerance",
 )  # fmt: skip
 
 T = TypeVar("T")
@@ -166,7 +174,7 @@ def measure(
         row = _empty_row(name, size, settings, provider) | {"status": reason or MEASURED}
         table[provider] = {mode: row | _of_mode(mode, size) for mode in settings.modes}
     running = {provider: rows for provider, rows in table.items() if _is_measured(rows)}
-    task = progress.add_task("", total=len(running) * (2 + settings.repeats))
+    task = progress.add_task("", total=len(running) * (3 + settings.repeats))
 
     def begin(what: str) -> None:
         progress.update(task, advance=1, description=f"{name}, N = {size.n:,}: {what}")
@@ -202,6 +210,13 @@ def measure(
             for mode, row in running[provider].items():
                 row["peak_bytes"], row["extra_bytes"] = peaks[mode]
     time_in_turn(works, running, settings.repeats, begin)
+    if device.type == "cuda":
+        for provider, work in works.items():
+            begin(f"a busy device for {provider}")
+            for mode, row in running[provider].items():
+                with _told({mode: row}):
+                    row |= busy_times(work, mode, copies, device)
+                work.clear()
     progress.remove_task(task)
     return [row for rows in table.values() for row in rows.values()]
 
@@ -279,6 +294,22 @@ def time_in_turn(
             row["repeats"] = len(taken)
 
 
+def busy_times(work: Workload, mode: str, copies: int, device: torch.device) -> Row:
+    """Milliseconds of a call back to back with others, of its host, and in a CUDA graph.
+
+    The graph is None where it cannot be: on a CPU, and for a loss that waits for the device. It has
+    a call of each copy of the inputs, as many as do not fit a cache.
+    """
+    call = partial(work.launch, mode)
+    found = {"back_to_back_ms": 1e-3 * back_to_back(call, device).p50_us}
+    found["host_ms"] = 1e-3 * host_us(call, device)
+    try:
+        us = graph_us(call, device, copies)
+    except RuntimeError:  # out of memory among them
+        us = None
+    return found | {"graph_ms": None if us is None else 1e-3 * us}
+
+
 def _empty_row(name: str, size: Size, settings: SpeedSettings, provider: str) -> Row:
     row: Row = {"bench": "speed", "size": name, "kind": size.kind, "n": size.n, "d": size.depth}
     row |= {"classes": size.classes, "proxies": size.proxies, "batch": size.batch}
@@ -320,14 +351,6 @@ def _told(rows: Rows) -> Iterator[None]:
             kind = "cannot run"
         for row in rows.values():
             row["status"] = f"{kind}: {_first_line(error)}"
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory was not to be had, on a GPU or on a CPU."""
-    texts = ("can't allocate memory", "not enough memory")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
-    )
 
 
 def is_broken(rows: Sequence[Row]) -> bool:

@@ -15,7 +15,8 @@ WORST_RATIO = 1.15  # pruning that prunes nothing may cost this much
 LEGEND = (
     "forward, + backward: median ms of a call without gradients, and with. x pfml: the time in "
     "units of pfml's. MiB: memory that a call adds. Gop: 10^9 operations executed; share: of 4 N^2 "
-    "D, two dense products."
+    "D, two dense products. On a GPU, ms with gradients: b2b, of calls back to back; host, until a "
+    "call returns; graph, in a CUDA graph."
 )
 _GROWTH = 4  # between two sizes from which the growth of the time is read, at least
 
@@ -31,9 +32,11 @@ def speed_table(rows: Sequence[Row]) -> Table:
         box=SIMPLE_HEAD,
         padding=(0, 2, 0, 0),  # fits 80 columns
     )
-    for name in ("", "forward", "+ backward", "x pfml", "MiB", "Gop", "share"):
-        table.add_column(name, justify="right" if name else "left", min_width=5)
     measured = by_provider(rows)
+    is_gpu = any(row["back_to_back_ms"] is not None for row in rows)  # where operations do not show
+    last_columns = ("b2b", "host", "graph") if is_gpu else ("Gop", "share")
+    for name in ("", "forward", "+ backward", "x pfml", "MiB", *last_columns):
+        table.add_column(name, justify="right" if name else "left", min_width=5)
     pfml = measured.get((size["size"], "pfml"), {})
     for (_, provider), modes in measured.items():
         forward, both = modes.get("forward"), modes.get("forward+backward")
@@ -46,8 +49,11 @@ def speed_table(rows: Sequence[Row]) -> Table:
             _cell(None if both is None else both["p50_ms"]),
             _cell(last["p50_ms"] / pfml[last["mode"]]["p50_ms"] if pfml else None),
             _cell(last["extra_bytes"], 2**20, ",.0f"),
-            _cell(executed, 1e9),
-            _cell(executed, last["dense_operations"], ".1%"),
+            *(
+                [_cell(last[name]) for name in ("back_to_back_ms", "host_ms", "graph_ms")]
+                if is_gpu
+                else [_cell(executed, 1e9), _cell(executed, last["dense_operations"], ".1%")]
+            ),
         )
     return table
 

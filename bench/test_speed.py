@@ -22,11 +22,11 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from bench.clouds import make_cloud
 from bench.costs import Workload, cache_bytes, copies_beyond
 from bench.devices import resolve_device
-from bench.memory import available_bytes
+from bench.memory import available_bytes, is_out_of_memory
 from bench.parity import truth
 from bench.providers import POTENTIAL, PROVIDERS, obstacle, tiles_of
 from bench.settings import MODES, SIZES, Size
-from bench.speed import Rows, first_calls, is_out_of_memory
+from bench.speed import Rows, first_calls
 
 SMALL = {
     "cub-small": Size(100, 20, 15, depth=64),

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import Tensor
 
 from bench import providers, settings
 from bench.clouds import make_cloud
@@ -11,7 +12,9 @@ from bench.costs import Workload
 from bench.parity import errors, truth
 from bench.providers import GIB, PROVIDERS, obstacle, tiles_of
 from bench.settings import Size
+from pfml_triton import operators
 from pfml_triton.kernels.config import Tiles, tiles_for
+from pfml_triton.sketch import turned_basis
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SMALL, LARGE = settings.SIZES["cub"], settings.SIZES["faces-100k"]
@@ -161,3 +164,21 @@ def test_tile_shapes_are_told_where_triton_serves() -> None:
     told = dict(pair.split("=") for pair in tiles_of("pfml-triton", cloud, GPU).split())
     assert told.keys() == {field.name for field in fields(Tiles)}
     assert told["block_d"] == str(tiles_for(64).block_d)
+
+
+def test_the_loss_is_as_in_the_midst_of_a_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[int] = []
+
+    def turned(basis: Tensor, points: Tensor) -> Tensor:
+        turns.append(len(points))
+        return turned_basis(basis, points)
+
+    monkeypatch.setattr(operators, "turned_basis", turned)
+    size = Size(20, 20, 4, depth=96)
+    work = Workload(PROVIDERS["pfml"].build, make_cloud(size, 0))
+    for _ in range(99):
+        work.launch("forward")
+    assert turns == []
+    for _ in range(3):
+        work.launch("forward")
+    assert turns == [20]  # one call in a hundred

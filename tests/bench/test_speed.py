@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bench import __main__ as command_line
 from bench import parity, providers, speed
 from bench.clouds import Cloud, make_cloud
+from bench.costs import Workload
 from bench.providers import PROVIDERS, Provider
 from bench.settings import SIZES, Size, SpeedSettings
 
@@ -67,6 +68,7 @@ def test_a_row_for_each_size_provider_and_mode(tmp_path: Path) -> None:
         assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
         assert row["first_ms"] > 0
         assert (row["repeats"], row["extra_bytes"]) == (3, 2 << 20)
+        assert row["back_to_back_ms"] is row["host_ms"] is row["graph_ms"] is None  # of a GPU
         assert (row["active_share"] is not None) == (provider == "pfml")
         if provider == "contrastive":
             assert row["computes"].startswith("ContrastiveLoss")
@@ -274,6 +276,22 @@ def test_quick_calls_are_repeated_and_slow_ones_are_not(monkeypatch: pytest.Monk
     assert repeats == {"quick": 20, "middling": 5, "slow": 2}
     assert [ms for ms, _ in order[:6]] == 2 * [1.0, 100.0, 9000.0]
     assert table["slow"]["forward"]["p50_ms"] == 9000.0
+
+
+def test_a_busy_device_has_times_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = Workload(PROVIDERS["pfml"].build, make_cloud(SIZES["cub"], 0), copies=2)
+    cpu = torch.device("cpu")
+    found = speed.busy_times(work, "forward+backward", 2, cpu)
+    assert found["graph_ms"] is None
+    assert min(found["back_to_back_ms"], found["host_ms"]) > 0
+
+    def refused(*_: Any) -> float:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(speed, "graph_us", lambda *_: 2500.0)
+    assert speed.busy_times(work, "forward", 2, cpu)["graph_ms"] == 2.5
+    monkeypatch.setattr(speed, "graph_us", refused)
+    assert speed.busy_times(work, "forward", 2, cpu)["graph_ms"] is None
 
 
 @pytest.mark.parametrize(

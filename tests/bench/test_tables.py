@@ -11,6 +11,7 @@ def row(size: str, provider: str, mode: str = "forward+backward", **changed: obj
     found = {"size": size, "kind": shape.kind, "n": shape.n, "d": shape.depth, "status": MEASURED}
     found |= {"classes": shape.classes, "proxies": shape.proxies, "provider": provider}
     found |= {"mode": mode, "p50_ms": 10.0, "extra_bytes": 3 << 20, "executed_operations": None}
+    found |= dict.fromkeys(("back_to_back_ms", "host_ms", "graph_ms"))
     return found | {"dense_operations": 4 * shape.n**2 * shape.depth} | changed
 
 
@@ -40,6 +41,13 @@ def test_a_line_of_the_table_holds_both_modes() -> None:
 def test_only_forward_has_a_table_too() -> None:
     text = printed([row("cub", "eager", "forward", p50_ms=5.0)])
     assert ["eager", "5.00", "3"] in [line.split() for line in text.splitlines()]
+
+
+def test_a_gpu_has_times_in_place_of_operations() -> None:
+    busy = {"back_to_back_ms": 1.5, "host_ms": 0.25, "graph_ms": 0.125}
+    lines = [line.split() for line in printed([row("cub", "eager", **busy)]).splitlines()]
+    assert ["forward", "+", "backward", "x", "pfml", "MiB", "b2b", "host", "graph"] in lines
+    assert ["eager", "10.0", "3", "1.50", "0.25", "0.12"] in lines
 
 
 def test_growth_is_that_of_the_times() -> None:
