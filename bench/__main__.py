@@ -15,11 +15,13 @@ from bench.recipes import LOSSES, PRESETS, SPLITS
 from bench.settings import (
     DEVICES,
     DTYPES,
+    GPU_PHASES,
     MODELLED,
     MODES,
     PROVIDERS,
     SIZES,
     SPEED_DTYPES,
+    GpuSettings,
     HostSettings,
     RanksSettings,
     RetrievalSettings,
@@ -49,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_report(commands)
     _add_speed(commands)
     _add_plot(commands)
+    _add_gpu(commands)
     _add_host(commands)
     _add_ranks(commands)
     _add_roofline(commands)
@@ -267,6 +270,40 @@ def _plot(parsed: argparse.Namespace) -> None:
     parsed.out.parent.mkdir(parents=True, exist_ok=True)
     figures[parsed.kind](rows, parsed.out)
     print(f"Wrote {parsed.out}")
+
+
+def _add_gpu(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    default = GpuSettings()
+    parser = commands.add_parser(
+        "gpu",
+        help="does it run on this GPU, is it right, and how fast? One page (eight minutes)",
+        description="The first minutes on a GPU, in phases that end within the minutes given: the "
+        "machine, the first step from an empty cache, the tests, a stress for races, times of "
+        "steps and kernels beside the model, plain PyTorch and torch.compile, the error of "
+        "products, tuning, and compute-sanitizer. Needs torch, triton and numpy. A phase that "
+        "fails or hangs is a row that says so. Leaves a page and its rows, named after the device. "
+        "Exit status 1 if a check or a phase failed.",
+        formatter_class=_Help,
+    )
+    add = parser.add_argument
+    add("--minutes", type=float, metavar="N", default=default.minutes,
+        help="for all phases together; what finds no time left is skipped")  # fmt: skip
+    add("--phases", nargs="+", choices=GPU_PHASES, metavar="PHASE",
+        help=f"some of {', '.join(GPU_PHASES)}, in that order; all if not given. A second call "
+        "into the same folder adds to the page")  # fmt: skip
+    add("--rehearse", action="store_true",
+        help="run the phases without a GPU, on tiny clouds; the numbers mean nothing")  # fmt: skip
+    add("--out", type=Path, metavar="FOLDER", default=Path("runs/gpu"),
+        help="gets rows.jsonl, log.txt, and DEVICE.md and DEVICE.jsonl")  # fmt: skip
+    parser.set_defaults(command=_gpu)
+
+
+def _gpu(parsed: argparse.Namespace) -> int:
+    from bench.gpu import is_broken, run
+
+    phases = GPU_PHASES if parsed.phases is None else tuple(parsed.phases)
+    settings = GpuSettings(parsed.minutes, phases, parsed.rehearse)
+    return int(is_broken(run(settings, parsed.out)))
 
 
 def _add_host(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -131,6 +131,27 @@ class SpeedSettings:
     threads: int | None = None
 
 
+GPU_PHASES = (
+    "machine", "first", "correctness", "stress", "steps", "peers", "slack", "tune", "memcheck",
+    "racecheck",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GpuSettings:
+    """Settings of the first minutes on a GPU.
+
+    Args:
+        minutes: of all phases together.
+        phases: some of `GPU_PHASES`; they run in that order.
+        rehearse: run every phase without a GPU, on tiny clouds, for numbers that mean nothing.
+    """
+
+    minutes: float = 8.0
+    phases: tuple[str, ...] = GPU_PHASES
+    rehearse: bool = False
+
+
 @dataclass(frozen=True)
 class HostSettings:
     """Settings of one measurement of the host's part of a step.

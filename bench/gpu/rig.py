@@ -1,0 +1,142 @@
+"""What the phases share: where rows go, the device, the clouds, and the step that is measured."""
+
+from __future__ import annotations
+
+import math
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.clouds import Cloud, make_cloud
+from bench.memory import is_out_of_memory
+from bench.parity import Truth, errors, truth
+from bench.providers import POTENTIAL, PROVIDERS
+from bench.results import append_row
+from bench.settings import SIZES
+
+ROWS = "rows.jsonl"
+
+
+@dataclass
+class Rig:
+    """What a phase works with.
+
+    Args:
+        out: folder that gets the rows.
+        phase: name of the phase.
+        rehearses: tiny clouds on the CPU, the torch backend, kernels in Triton's interpreter.
+    """
+
+    out: Path
+    phase: str
+    rehearses: bool = False
+    _clouds: dict[str, Cloud] = field(default_factory=dict)
+    _truths: dict[tuple[str, torch.dtype], Truth] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu" if self.rehearses else "cuda")
+
+    def row(self, name: str, **values: Any) -> None:
+        """Append a row at once, so that it outlives whatever comes, and print it."""
+        values = {key: _plain(value) for key, value in values.items()}
+        row = {"bench": "gpu", "phase": self.phase, "name": name} | values
+        append_row(self.out / ROWS, row)
+        shown = (f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
+        print(f"{name}:", ", ".join(shown), flush=True)
+
+    @contextmanager
+    def guarded(self, name: str, **values: Any) -> Iterator[None]:
+        """Let what fails be a row, so that the next case is measured."""
+        try:
+            yield
+        except Exception as error:
+            traceback.print_exc()
+            text = f"{type(error).__name__}: {error}".strip().partition("\n")[0][:300]
+            self.row(name, **values, error=text, out_of_memory=is_out_of_memory(error))
+        if not self.rehearses:
+            torch.cuda.empty_cache()  # raises if the device is lost, which ends the phase
+
+    def cloud(self, name: str) -> Cloud:
+        """The cloud of one of `SIZES`, on the device."""
+        if name not in self._clouds:
+            size = SIZES[name]
+            if self.rehearses:
+                classes = min(size.classes, 5)
+                size = replace(size, batch=10, classes=classes, proxies=3, depth=96)
+            self._clouds[name] = make_cloud(size, 0).to(self.device)
+        return self._clouds[name]
+
+    def truth(self, name: str, dtype: torch.dtype) -> Truth:
+        """In float64, of one of `SIZES`."""
+        if (name, dtype) not in self._truths:
+            self._truths[name, dtype] = truth(self.cloud(name), dtype, POTENTIAL)
+        return self._truths[name, dtype]
+
+    def step(
+        self,
+        name: str,
+        dtype: torch.dtype = torch.float32,
+        build: Callable[[Cloud], nn.Module] | None = None,
+    ) -> Step:
+        """A step of a loss, this package's if there is nothing to build: never "auto", so that what
+        cannot be served is an error."""
+        ours = PROVIDERS["pfml-torch" if self.rehearses else "pfml-triton"].build
+        return Step((build or ours)(self.cloud(name)), self.cloud(name), dtype)
+
+
+class Step:
+    """Forward and backward of a loss, and what they leave."""
+
+    def __init__(self, loss: nn.Module, cloud: Cloud, dtype: torch.dtype = torch.float32) -> None:
+        self.loss, self.labels = loss, cloud.batch_labels
+        self.proxies = loss.get_parameter("proxies")
+        self.embeddings = cloud.embeddings.to(dtype, copy=True).requires_grad_()
+        self._energy: Tensor | None = None
+
+    def __call__(self) -> None:
+        self.forward()
+        self.backward()
+
+    def forward(self) -> None:
+        self.clear()
+        self._energy = self.loss(self.embeddings, self.labels)
+        self.value = self._energy.detach()
+
+    def backward(self) -> None:
+        assert self._energy is not None
+        self._energy.backward()
+        self._energy = None  # a graph that is captured must not meet nodes of another stream
+
+    def clear(self) -> None:
+        """As `optimizer.zero_grad()` leaves them."""
+        self.embeddings.grad = self.proxies.grad = None
+
+    def errors(self, expected: Truth) -> dict[str, float | None]:
+        """Of the gradient, relative to the largest force, and of the energy."""
+        by_embeddings, by_proxies = self.embeddings.grad, self.proxies.grad
+        assert by_embeddings is not None
+        assert by_proxies is not None
+        off = errors(expected, float(self.value), by_embeddings, by_proxies)
+        return {"gradient_error": off.gradient, "energy_error": off.energy}
+
+
+def bits(x: Tensor) -> Tensor:
+    """As integers, in which NaN equals itself, and 0 is not -0."""
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return x.detach().contiguous().view(whole[x.element_size()])
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it, which has no dtypes, no NaN and no infinity."""
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
