@@ -270,3 +270,11 @@ def launched_on_a_chip(shared_memory: int) -> tuple[list[str], str]:
             tuning.forget()
     (message,) = told
     return ran, str(message.message)
+
+
+def modelled_step(out: Path) -> None:
+    """Model the kernels of a step of a rehearsal."""
+    from bench.gpu.rig import Rig
+    from bench.gpu.steps import model
+
+    model(Rig(out, "first", rehearses=True), "cub")

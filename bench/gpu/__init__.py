@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from bench.gpu.page import failures, latest, page, slug, summary
+from bench.gpu.page import failures, latest, markdown, slug, summary
 from bench.gpu.phases import PHASES, Phase, Task
 from bench.results import append_row, read_rows
 from bench.settings import GPU_PHASES, GpuSettings
@@ -98,7 +98,7 @@ def write(rows: Sequence[Row], out: Path) -> tuple[Path, Path]:
     """Write the page and its rows, and return where they are."""
     name = slug(rows)
     written = out / f"{name}.md", out / f"{name}.jsonl"
-    written[0].write_text(page(rows), encoding="utf-8")
+    written[0].write_text(markdown(rows), encoding="utf-8")
     written[1].unlink(missing_ok=True)
     for row in rows:
         append_row(written[1], row)
@@ -252,4 +252,4 @@ def _last_line(path: Path, beginning: int) -> str:
     with path.open("rb") as log:
         log.seek(beginning)
         lines = log.read().decode(errors="replace").split("\n")
-    return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "none")
+    return next((line.strip()[:120] for line in reversed(lines) if line.strip()), "none")

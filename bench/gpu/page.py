@@ -3,19 +3,88 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
+
+from bench.settings import SIZES
 
 Row = dict[str, Any]
+Column = str | Callable[[Row], Any]  # a key of the rows, or what is made of one
 
 # What a row is about, beside its phase and name: of rows that agree in these, the last counts.
 _IDENTITY = (
     "size", "dtype", "provider", "precision", "kernel", "part", "test", "blocks", "kind", "depth",
     "tool",
 )  # fmt: skip
-_SHOWN = 15  # failures of the summary
 _PEERS = ("eager", "compile", "reduce-overhead")
-_MIB = 2.0**20
+_ORDER = (*SIZES, "pfml", *_PEERS, "float32", "bfloat16")
+_SHOWN = 15  # failures of the summary
+
+
+class Table(NamedTuple):
+    """The rows of a name, and of a phase if one is given, a line each."""
+
+    title: str
+    name: str
+    columns: dict[str, Column]
+    phase: str | None = None
+
+
+_STEP: dict[str, Column] = {
+    "size": "size", "dtype": "dtype", "loss": "provider", "products": "precision",
+    "step us": lambda row: row["p50_us"] if "p50_us" in row else _reason(row),
+    "host us": "host_us", "graph us": "graph_us", "x pfml": "x_pfml",
+    "MiB": lambda row: row["extra_bytes"] / 2**20 if "extra_bytes" in row else None,
+    "gradient error": "gradient_error",
+}  # fmt: skip
+_STEPS = Table("Steps of this loss", "step", _STEP, "steps")
+_BESIDE = Table("Plain PyTorch beside it", "step", _STEP, "peers")
+_KERNELS = Table("Kernels of a step, measured and modelled", "kernel", {
+    "size": "size", "kernel": "kernel", "us": "us", "again": "again_us", "modelled": "modelled_us",
+    "from": "low_us", "to": "high_us", "limit": "limit", "measured / modelled": "of_model",
+})  # fmt: skip
+_PHASES = Table("Phases", "phase", {
+    "phase": "phase", "status": "status", "seconds": lambda row: round(row["seconds"]),
+    "why": "message",
+})  # fmt: skip
+_TABLES = (
+    _PHASES,
+    Table("First step, from an empty cache", "first step", {
+        "size": "size", "dtype": "dtype", "first step s": "first_s", "second": "second_s",
+        "gradient error": "gradient_error", "energy error": "energy_error",
+    }),
+    _STEPS,
+    _KERNELS,
+    Table("PyTorch's own work", "part", {
+        "size": "size", "part": "part", "us": "us", "host us": "host_us",
+    }),
+    Table("What the profiler sees on the GPU in a step", "profile", {
+        "size": "size", "kernel": lambda row: f"`{row['kernel']}`", "us": "us",
+        "launches": "launches",
+    }),
+    _BESIDE,
+    Table("Tuning", "tuned", {
+        "size": "size", "kernel": "kernel", "shipped us": "shipped_us", "best us": "best_us",
+        "timed": lambda row: f"{row['timed']} of {row['configurations']}",
+        "best": lambda row: "as shipped" if row["best"] == row["shipped"] else row["best"],
+    }),
+    Table("Pack and filter beside a product on another stream", "race", {
+        "size": "size", "dtype": "dtype", "calls": "repeats",
+        "with other bits": lambda row: sum(row["runs_that_differ"].values()),
+    }),
+    Table("Pack and filter against float64", "bounds", {
+        "size": "size", "dtype": "dtype", "error / bound": "sketch_error",
+        "wrong bits": "wrong_bits", "too near 0 to tell": "unsure",
+    }),
+    Table("Errors of products over what the bounds allow", "slack", {
+        "blocks of": "blocks", "K": "depth", "points": "kind", "product": "product",
+        "distance": "distance", "sketch": "sketch",
+    }),
+    Table("compute-sanitizer on a step", "sanitizer", {
+        "tool": "tool", "outcome": "outcome", "errors": "errors", "why": "message",
+    }),
+)  # fmt: skip
 
 
 def latest(rows: Sequence[Row]) -> list[Row]:
@@ -31,7 +100,7 @@ def latest(rows: Sequence[Row]) -> list[Row]:
     for i, row in enumerate(rows):
         runs = ends.get(row["phase"], [])
         if "error" not in row or len(runs) < 2 or i > runs[-2]:
-            found[(row["phase"], row["name"], *map(row.get, _IDENTITY))] = row
+            found[row["phase"], row["name"], *map(row.get, _IDENTITY)] = row
     return list(found.values())
 
 
@@ -49,40 +118,48 @@ def failures(rows: Iterable[Row]) -> list[Row]:
 
 def slug(rows: Sequence[Row]) -> str:
     """The device as a file is named."""
-    machine = _machine(rows)
-    name = "rehearsal" if machine.get("rehearsal") else machine.get("device", "unknown device")
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", _title(rows).lower()).strip("-")
 
 
-def page(rows: Sequence[Row]) -> str:
-    """All that the rows say."""
-    sections = {
-        "Phases": _phases(rows),
-        "Checks": _checks(rows),
-        "First step, from an empty cache": _first_steps(rows),
-        "Steps": _steps(rows, "steps"),
-        "Kernels": _kernels(rows),
-        "PyTorch's own work in a step": _parts(rows),
-        "Plain PyTorch": _steps(rows, "peers"),
-        "Tuning": _tuned(rows),
-    }
-    text = [f"# {_title(rows)}", *_about(rows)]
-    for title, blocks in sections.items():
-        if blocks:
-            text += [f"## {title}", *blocks]
-    return "\n\n".join(text) + "\n"
+def markdown(rows: Sequence[Row]) -> str:
+    """The page: all that the rows say."""
+    rows = _joined(rows)
+    blocks = [f"# {_title(rows)}", *_about(rows), _verdict(rows, len(rows))]
+    for table in _TABLES:
+        if lines := _lines(table, rows):
+            blocks += [f"## {table.title}", lines]
+    return "\n\n".join(blocks) + "\n"
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """What is asked for first, short enough for the end of a log."""
-    failed = failures(rows)
-    lines = [f"- {_named(row)}" for row in failed[:_SHOWN]]
-    if len(failed) > _SHOWN:
-        lines.append(f"- and {len(failed) - _SHOWN} more, which the page has")
-    blocks = [f"# {_title(rows)}", *_about(rows), *_steps(rows, "steps"), *_kernels(rows)]
-    blocks += [*_steps(rows, "peers"), *_phases(rows), _tests(rows)]
-    blocks.append("\n".join(["Failed:", *lines]) if failed else "Nothing that was checked failed.")
-    return "\n\n".join(block for block in blocks if block)
+    """What is asked for first, short enough for the end of a log; the last is the verdict."""
+    rows = _joined(rows)
+    blocks = [f"# {_title(rows)}", *_about(rows)]
+    blocks += [_lines(table, rows) for table in (_KERNELS, _BESIDE, _STEPS, _PHASES)]
+    return "\n\n".join(block for block in [*blocks, _verdict(rows, _SHOWN)] if block)
+
+
+def _joined(rows: Sequence[Row]) -> list[Row]:
+    """Rows with what only other rows know: the model of a kernel, and the time of this loss."""
+    models, own = {}, {}
+    for row in rows:
+        if row["name"] == "model" and "error" not in row:
+            models[row["size"], row["kernel"]] = row
+        if row.get("provider") == "pfml" and "p50_us" in row:  # of the phase of the peers, at last
+            own[row["size"], row["dtype"]] = row["p50_us"]
+    found = []
+    for row in rows:
+        model = models.get((row.get("size"), row.get("kernel")))
+        if row["name"] == "kernel" and model:
+            row = row | {key: model[key] for key in ("low_us", "high_us", "limit")}
+            row["modelled_us"] = model["us"]
+            if row["us"] is not None:
+                row["of_model"] = min(row["us"], row["again_us"]) / model["us"]
+        unit = own.get((row.get("size"), row.get("dtype")))
+        if unit and "p50_us" in row:
+            row = row | {"x_pfml": row["p50_us"] / unit}
+        found.append(row)
+    return found
 
 
 def _machine(rows: Sequence[Row]) -> Row:
@@ -95,185 +172,78 @@ def _title(rows: Sequence[Row]) -> str:
 
 
 def _about(rows: Sequence[Row]) -> list[str]:
-    """Versions and what the chip reaches."""
+    """Versions, and what the chip reaches."""
     machine = _machine(rows)
-    if not machine:
-        return ["The phase `machine` left no row, so nobody knows what this was measured on."]
     told = [
+        f"There is no model of {row['arch']}: there are of {row['known']}."
+        for row in rows if row["name"] == "no model"
+    ]  # fmt: skip
+    if not machine:
+        unknown = "The phase `machine` left no row, so nobody knows what this was measured on."
+        return [unknown, *told]
+    told.insert(
+        0,
         f"`python -m bench gpu`, {machine['time'][:10]}, commit {machine['commit']}: Python "
         f"{machine['python']}, torch {machine['torch']} (CUDA {machine['cuda']}), Triton "
         f"{machine['triton']}, driver {machine['driver']}, {machine['cores']} cores of "
         f"{machine['cpu']}. A copy reaches {machine['copy_tb_s']:.3g} TB/s, a product of bfloat16 "
-        f"matrices {machine['bf16_tflop_s']:.3g} TFLOP/s."
-    ]
+        f"matrices {machine['bf16_tflop_s']:.3g} TFLOP/s.",
+    )
     if machine["rehearsal"]:
         told.insert(0, "**This is a rehearsal without a GPU. Its numbers mean nothing.**")
     return told
 
 
-def _phases(rows: Sequence[Row]) -> list[str]:
-    lines = [
-        (row["phase"], row["status"], f"{row['seconds']:.0f}", row["message"])
-        for row in rows if row["name"] == "phase"
-    ]  # fmt: skip
-    return _table(("phase", "status", "seconds", ""), lines)
-
-
-def _checks(rows: Sequence[Row]) -> list[str]:
-    blocks = [_tests(rows)]
-    races = [
-        (row["size"], row["dtype"], f"{row['repeats']:,}", sum(row["runs_that_differ"].values()))
-        for row in _of(rows, "race")
-    ]
-    blocks += _table(
-        ("pack and filter beside a product", "dtype", "calls", "calls with other bits"), races
-    )
-    bounds = [
-        (row["size"], row["dtype"], row["sketch_error"], row["wrong_bits"], row["unsure"])
-        for row in _of(rows, "bounds")
-    ]
-    blocks += _table(
-        ("pack and filter", "dtype", "error / bound", "wrong bits", "too near to tell"), bounds
-    )
-    slack = [
-        (blocks_, *(max(row[share] for row in some) for share in ("product", "distance", "sketch")))
-        for blocks_, some in _grouped(_of(rows, "slack"), lambda row: row["blocks"]).items()
-    ]
-    blocks += _table(
-        ("blocks of", "product error / bound", "distance error / bound", "sketch error / bound"),
-        slack,
-    )
-    sanitizers = [
-        (row["tool"], row["outcome"], row["errors"], row["message"])
-        for row in _of(rows, "sanitizer")
-    ]
-    blocks += _table(("compute-sanitizer", "outcome", "errors", ""), sanitizers)
-    if failed := failures(rows):
-        blocks.append("\n".join(["**Failed:**", "", *(f"- {_named(row)}" for row in failed)]))
-    return [block for block in blocks if block]
-
-
-def _tests(rows: Sequence[Row]) -> str:
-    outcomes = _grouped([row for row in rows if row["name"] == "test"], lambda row: row["outcome"])
-    if not outcomes:
-        return ""
-    seconds = sum(row["seconds"] or 0.0 for some in outcomes.values() for row in some)
-    counts = ", ".join(f"{len(some)} {outcome}" for outcome, some in outcomes.items())
-    return f"Tests: {counts}, in {seconds:.0f} s."
-
-
-def _first_steps(rows: Sequence[Row]) -> list[str]:
-    lines = [
-        (row["size"], row["dtype"], row["forward_s"], row["backward_s"], row["second_s"],
-         row["gradient_error"], row["energy_error"])
-        for row in _of(rows, "first step")
-    ]  # fmt: skip
-    return _table(
-        ("size", "dtype", "forward s", "backward s", "second step s", "gradient error",
-         "energy error"), lines,
-    )  # fmt: skip
-
-
-def _steps(rows: Sequence[Row], phase: str) -> list[str]:
-    """Microseconds of steps, those of a size together, and this loss as the unit."""
-    every = [row for row in _of(rows, "step") if row["phase"] == phase]
-    units = {(row["size"], row["dtype"]): row["p50_us"]
-             for row in [*_of(rows, "step"), *every] if row["provider"] == "pfml"}  # fmt: skip
-    lines = []
-    for row in sorted(every, key=lambda row: (row["size"], row["dtype"] != "float32")):
-        unit = units.get((row["size"], row["dtype"]))
-        lines.append((
-            row["size"], row["dtype"], row["provider"], row["precision"], row["p50_us"],
-            row["host_us"], row["graph_us"], row["p50_us"] / unit if unit else None,
-            row["extra_bytes"] / _MIB, row["gradient_error"],
-        ))  # fmt: skip
-    lines += [
-        (row["size"], row["dtype"], row["provider"], row["precision"],
-         "out of memory" if row["out_of_memory"] else "failed", *[None] * 5)
-        for row in rows if row["name"] == "step" and row["phase"] == phase and "error" in row
-    ]  # fmt: skip
-    headings = ("size", "dtype", "loss", "products", "step us", "host us", "graph us", "x pfml",
-                "MiB", "gradient error")  # fmt: skip
-    return _table(headings, lines)
-
-
-def _kernels(rows: Sequence[Row]) -> list[str]:
-    """Measured beside modelled, where the chip has a model."""
-    models = {(row["size"], row["kernel"]): row for row in _of(rows, "model")}
-    lines = []
-    for row in _of(rows, "kernel"):
-        model = models.get((row["size"], row["kernel"]))
-        us = None if row["us"] is None else min(row["us"], row["again_us"])
-        lines.append((
-            row["size"], row["kernel"].strip("_").removesuffix("_kernel"), us,
-            *([model["us"], f"{model['low_us']:.3g} to {model['high_us']:.3g}", model["limit"]]
-              if model else [None] * 3),
-            us / model["us"] if us is not None and model else None,
-        ))  # fmt: skip
-    headings = ("size", "kernel", "us", "modelled us", "from, to", "limit", "measured / modelled")
-    blocks = _table(headings, lines)
-    for row in rows:
-        if row["name"] == "no model":
-            blocks.append(f"There is no model of {row['arch']}: there are of {row['known']}.")
-    return blocks
-
-
-def _parts(rows: Sequence[Row]) -> list[str]:
-    parts = [(row["size"], row["part"], row["us"], row["host_us"]) for row in _of(rows, "part")]
-    profile = [
-        (row["size"], f"`{row['kernel']}`", row["us"], row["launches"])
-        for row in _of(rows, "profile")
-    ]
-    return [
-        *_table(("size", "part", "us", "host us"), parts),
-        *_table(("size", "on the GPU, by the profiler", "us a step", "launches a step"), profile),
-    ]
-
-
-def _tuned(rows: Sequence[Row]) -> list[str]:
-    lines = []
-    for row in _of(rows, "tuned"):
-        shipped, best = row["shipped_us"], row["best_us"]
-        gain = f"{shipped / best - 1:.0%}" if shipped and best else None
-        timed = f"{row['timed']} of {row['configurations']}"
-        own = "the shipped one" if row["best"] == row["shipped"] else row["best"]
-        lines.append((row["size"], row["kernel"], shipped, best, gain, timed, own))
-    headings = ("size", "kernel", "shipped us", "best us", "gain", "timed", "best")
-    return _table(headings, lines)
-
-
-def _of(rows: Iterable[Row], name: str) -> list[Row]:
-    """The rows of that name that are no errors."""
-    return [row for row in rows if row["name"] == name and "error" not in row]
-
-
-def _grouped(rows: Iterable[Row], key: Callable[[Row], str]) -> dict[str, list[Row]]:
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(key(row), []).append(row)
-    return groups
+def _verdict(rows: Sequence[Row], most: int) -> str:
+    """How many tests and checks passed, and which failed, at most so many."""
+    tests = Counter(row["outcome"] for row in rows if row["name"] == "test")
+    others = sum(row.get("passed") is True for row in rows if row["name"] != "test")
+    counts = ", ".join(f"{count} {outcome}" for outcome, count in tests.items()) or "none"
+    failed = failures(rows)
+    lines = [f"- {_named(row)}" for row in failed[:most]]
+    if len(failed) > most:
+        lines.append(f"- and {len(failed) - most} more, which the page has")
+    told = f"Tests: {counts}. Other checks that passed: {others}."
+    if not failed:
+        return f"{told} Nothing failed."
+    return "\n".join([f"{told} **Failed: {len(failed)}.**", "", *lines])
 
 
 def _named(row: Row) -> str:
     """What a row is about, and what it says is wrong."""
     about = [str(row[key]) for key in _IDENTITY if row.get(key) is not None]
-    if row["name"] == "phase":
-        about = [row["phase"]]
-    wrong = row.get("error") or row.get("message") or ", ".join(
-        f"{key} {_cell(value)}" for key, value in row.items()
-        if key not in ("bench", "phase", "name", "passed", *_IDENTITY) and value is not None
-    )  # fmt: skip
-    return f"{row['name']}, {' '.join(about)}: {wrong}".replace("\n", " ")[:300]
+    known = ("bench", "phase", "name", "passed", *_IDENTITY)
+    values = (f"{k} {_cell(v)}" for k, v in row.items() if k not in known and v is not None)
+    wrong = row.get("error") or row.get("message") or ", ".join(values)
+    return f"{row['phase']}, {row['name']} {' '.join(about)}: {wrong}".replace("\n", " ")[:300]
 
 
-def _table(headings: Sequence[str], lines: Sequence[Sequence[Any]]) -> list[str]:
-    """A block of Markdown; none without lines."""
-    if not lines:
-        return []
-    rows = [[_cell(value) for value in line] for line in lines]
-    rule = ["---:" if any(isinstance(line[i], float | int) for line in lines) else "---"
-            for i in range(len(headings))]  # fmt: skip
-    return ["\n".join(f"| {' | '.join(cells)} |" for cells in [headings, rule, *rows])]
+def _reason(row: Row) -> str:
+    return "out of memory" if row["out_of_memory"] else "failed"
+
+
+def _lines(table: Table, rows: Sequence[Row]) -> str:
+    """A table in Markdown, "" if it has no lines. What failed has one in the tables of steps."""
+    chosen = [
+        row
+        for row in rows
+        if row["name"] == table.name
+        and table.phase in (None, row["phase"])
+        and (table.columns is _STEP or "error" not in row)
+    ]
+    if not chosen:
+        return ""
+    if table.columns is _STEP:
+        places = ("size", "dtype", "provider")
+        chosen.sort(key=lambda row: [_ORDER.index(row[key]) for key in places])
+    columns = table.columns.values()
+    cells = [[row.get(c) if isinstance(c, str) else c(row) for c in columns] for row in chosen]
+    is_number = [
+        any(isinstance(x, float | int) for x in column) for column in zip(*cells, strict=True)
+    ]
+    lines = [list(table.columns), ["---:" if right else "---" for right in is_number]]
+    lines += [[_cell(value) for value in line] for line in cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _cell(value: Any) -> str:

@@ -19,8 +19,11 @@ def pytest_runtest_logstart(nodeid: str) -> None:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when != "call" and report.outcome == "passed":
         return  # set-up and tear-down count where they fail or skip
-    crash = getattr(report.longrepr, "reprcrash", None)
-    message = str(crash.message if crash else report.longrepr or "")[:300]
+    told = report.longrepr
+    if isinstance(told, tuple):  # path, line and reason of what is skipped
+        told = told[-1]
+    crash = getattr(told, "reprcrash", None)
+    message = str(crash.message if crash else told or "")[:300]
     passed = {"passed": True, "failed": False}.get(report.outcome)
     Rig(Path(os.environ[FOLDER]), "correctness").row(
         "test", test=report.nodeid, outcome=report.outcome, passed=passed,

@@ -1,4 +1,4 @@
-"""What the phases share: where rows go, the device, the clouds, and the step that is measured."""
+"""What the phases share: where rows go, the device, the clouds, and losses at them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.clouds import Cloud, make_cloud
+from bench.costs import Workload
 from bench.memory import is_out_of_memory
 from bench.parity import Truth, errors, truth
 from bench.providers import POTENTIAL, PROVIDERS
@@ -21,6 +22,7 @@ from bench.results import append_row
 from bench.settings import SIZES
 
 ROWS = "rows.jsonl"
+Build = Callable[[Cloud], nn.Module] | None
 
 
 @dataclass
@@ -41,7 +43,7 @@ class Rig:
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cpu" if self.rehearses else "cuda")
+        return torch.device("cpu") if self.rehearses else torch.device("cuda", 0)
 
     def row(self, name: str, **values: Any) -> None:
         """Append a row at once, so that it outlives whatever comes, and print it."""
@@ -79,51 +81,15 @@ class Rig:
             self._truths[name, dtype] = truth(self.cloud(name), dtype, POTENTIAL)
         return self._truths[name, dtype]
 
-    def step(
-        self,
-        name: str,
-        dtype: torch.dtype = torch.float32,
-        build: Callable[[Cloud], nn.Module] | None = None,
-    ) -> Step:
-        """A step of a loss, this package's if there is nothing to build: never "auto", so that what
-        cannot be served is an error."""
+    def work(self, name: str, dtype: torch.dtype = torch.float32, build: Build = None) -> Workload:
+        """A loss at one of `SIZES`, this package's if there is nothing to build: never "auto", so
+        that what cannot be served is an error."""
         ours = PROVIDERS["pfml-torch" if self.rehearses else "pfml-triton"].build
-        return Step((build or ours)(self.cloud(name)), self.cloud(name), dtype)
+        return Workload(build or ours, self.cloud(name), dtype)
 
-
-class Step:
-    """Forward and backward of a loss, and what they leave."""
-
-    def __init__(self, loss: nn.Module, cloud: Cloud, dtype: torch.dtype = torch.float32) -> None:
-        self.loss, self.labels = loss, cloud.batch_labels
-        self.proxies = loss.get_parameter("proxies")
-        self.embeddings = cloud.embeddings.to(dtype, copy=True).requires_grad_()
-        self._energy: Tensor | None = None
-
-    def __call__(self) -> None:
-        self.forward()
-        self.backward()
-
-    def forward(self) -> None:
-        self.clear()
-        self._energy = self.loss(self.embeddings, self.labels)
-        self.value = self._energy.detach()
-
-    def backward(self) -> None:
-        assert self._energy is not None
-        self._energy.backward()
-        self._energy = None  # a graph that is captured must not meet nodes of another stream
-
-    def clear(self) -> None:
-        """As `optimizer.zero_grad()` leaves them."""
-        self.embeddings.grad = self.proxies.grad = None
-
-    def errors(self, expected: Truth) -> dict[str, float | None]:
-        """Of the gradient, relative to the largest force, and of the energy."""
-        by_embeddings, by_proxies = self.embeddings.grad, self.proxies.grad
-        assert by_embeddings is not None
-        assert by_proxies is not None
-        off = errors(expected, float(self.value), by_embeddings, by_proxies)
+    def errors(self, name: str, work: Workload, value: Tensor) -> dict[str, float | None]:
+        """Of the last call: of the gradient, relative to the largest force, and of the energy."""
+        off = errors(self.truth(name, work.dtype), float(value), *work.gradients())
         return {"gradient_error": off.gradient, "energy_error": off.energy}
 
 

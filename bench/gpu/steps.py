@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,19 +12,21 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from bench.chips import CHIPS
-from bench.clocks import back_to_back, elapsed, graph_us, host_us
+from bench.clocks import back_to_back, graph_us, host_us
 from bench.clouds import Cloud
+from bench.costs import Workload
 from bench.counting import count_work, record_step
 from bench.estimate import estimate
-from bench.gpu.rig import Rig, Step
+from bench.gpu.rig import Build, Rig
 from bench.memory import peak_memory
-from bench.providers import POTENTIAL, PROVIDERS, SETTLED, PlainLoss, gram_loss
+from bench.providers import POTENTIAL, PROVIDERS, PlainLoss, gram_loss
 from bench.results import provenance
 from bench.workloads import parts_of, read
 from pfml_triton import PFMLLoss
 from pfml_triton.kernels.recording import record
 from pfml_triton.sketch import random_basis, turned_basis
 
+STEP = "forward+backward"
 SINGLE, BRAIN = torch.float32, torch.bfloat16
 TIMED = ("cub", "sop", "faces-100k", "vit-sop")  # the most wanted first
 MODELLED = ("cub", "sop", "vit-sop")  # work that is counted in seconds
@@ -52,18 +54,21 @@ def machine(rig: Rig) -> None:
 
 def first(rig: Rig, size: str) -> None:
     """The first step of a process: compiled, if Triton's cache is empty. Is it right?"""
+
+    def build(cloud: Cloud) -> nn.Module:
+        ours = PROVIDERS["pfml-torch" if rig.rehearses else "pfml-triton"].build(cloud)
+        assert isinstance(ours, PFMLLoss)
+        ours.training_calls = 0  # the basis of the sketch turns, as in any first step
+        return ours
+
     for dtype in (SINGLE, BRAIN):
         with rig.guarded("first step", size=size, dtype=dtype):
-            step = rig.step(size, dtype)
-            if isinstance(step.loss, PFMLLoss):
-                step.loss.training_calls = 0  # the basis of the sketch turns, as in any first step
-            _, forward_ms = elapsed(step.forward, rig.device)
-            _, backward_ms = elapsed(step.backward, rig.device)
-            _, second_ms = elapsed(step, rig.device)
-            off = step.errors(rig.truth(size, dtype))
-            rig.row("first step", size=size, dtype=dtype, forward_s=1e-3 * forward_ms,
-                    backward_s=1e-3 * backward_ms, second_s=1e-3 * second_ms, **off,
-                    passed=_is_right(off, dtype))  # fmt: skip
+            work = rig.work(size, dtype, build)
+            value, first_ms = work.call(STEP)
+            off = rig.errors(size, work, value)
+            second_ms = work.call(STEP)[1]
+            rig.row("first step", size=size, dtype=dtype, first_s=1e-3 * first_ms,
+                    second_s=1e-3 * second_ms, **off, passed=_is_right(off, dtype))  # fmt: skip
 
 
 def model(rig: Rig, size: str) -> None:
@@ -88,12 +93,12 @@ def model(rig: Rig, size: str) -> None:
 def steps(rig: Rig) -> None:
     """This loss at sizes of data sets, and where its time goes."""
     for size in TIMED:
-        step = measure(rig, "pfml", size, SINGLE)
-        if step is None:
+        work = measure(rig, "pfml", size, SINGLE)
+        if work is None:
             continue
         for part in (kernels, parts, profiled):
             with rig.guarded(part.__name__, size=size):
-                part(rig, size, step)
+                part(rig, size, work)
     for size in TIMED:
         measure(rig, "pfml", size, BRAIN)
 
@@ -103,25 +108,24 @@ def measure(
     provider: str,
     size: str,
     dtype: torch.dtype,
-    build: Callable[[Cloud], nn.Module] | None = None,
+    build: Build = None,
     precision: str = "float32",
-) -> Step | None:
+) -> Workload | None:
     """Time and check the step of a provider, this package's if there is nothing to build.
 
     None, and a row that says why, if it fails.
     """
     which = {"provider": provider, "size": size, "dtype": dtype, "precision": precision}
     with rig.guarded("step", **which):
-        expected = rig.truth(size, dtype)  # first: its memory is not the provider's
-        step = rig.step(size, dtype, build)
-        _, first_ms = elapsed(step, rig.device)
-        found: dict[str, Any] = {"first_s": 1e-3 * first_ms} | step.errors(expected)
+        rig.truth(size, dtype)  # first: its memory is not the provider's
+        work = rig.work(size, dtype, build)
+        step = partial(work.launch, STEP)
+        value, first_ms = work.call(STEP)
+        found: dict[str, Any] = {"first_s": 1e-3 * first_ms} | rig.errors(size, work, value)
         if provider == "pfml":
             found["passed"] = _is_right(found, dtype)
-        step.clear()
+        work.clear()
         found["peak_bytes"], found["extra_bytes"] = peak_memory(step, rig.device)
-        if isinstance(step.loss, PFMLLoss):
-            step.loss.training_calls = SETTLED  # of 200 calls, two turn the basis
         found |= back_to_back(step, rig.device)._asdict()
         found["host_us"] = host_us(step, rig.device)
         found["graph_us"] = None
@@ -131,23 +135,23 @@ def measure(
             except RuntimeError:  # the other times are worth keeping
                 traceback.print_exc()
         rig.row("step", **which, **found)
-        return step
+        return work
     return None
 
 
-def kernels(rig: Rig, size: str, step: Step) -> None:
+def kernels(rig: Rig, size: str, work: Workload) -> None:
     """Each kernel of a step in a graph of its own, twice: the difference is noise."""
     if rig.rehearses:  # the torch backend has none
-        step = Step(PROVIDERS["pfml-triton"].build(rig.cloud(size)), rig.cloud(size))
+        work = rig.work(size, build=PROVIDERS["pfml-triton"].build)
     with record(lambda launch: launch.run()) as launches:
-        step()
+        work.launch(STEP)
     for launch in launches:
         us, again_us = (graph_us(launch.run, rig.device, LAUNCHES) for _ in range(2))
         rig.row("kernel", size=size, kernel=launch.kernel.__name__, us=us, again_us=again_us,
                 programs=" x ".join(map(str, launch.grid)))  # fmt: skip
 
 
-def parts(rig: Rig, size: str, step: Step) -> None:
+def parts(rig: Rig, size: str, _: Workload) -> None:
     """PyTorch's own work: the sort of every step, and the turn of the basis of one in a hundred."""
     cloud = rig.cloud(size)
     basis = random_basis(cloud.size.depth, rig.device)
@@ -160,12 +164,12 @@ def parts(rig: Rig, size: str, step: Step) -> None:
         rig.row("part", size=size, part=part, us=pace.p50_us, host_us=host_us(call, rig.device))
 
 
-def profiled(rig: Rig, size: str, step: Step) -> None:
+def profiled(rig: Rig, size: str, work: Workload) -> None:
     """What runs on the GPU in a step, PyTorch's kernels and copies included, and a trace of it."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (not rig.rehearses)
     with profile(activities=activities) as found:
         for _ in range(10):
-            step()
+            work.launch(STEP)
     for entry in found.key_averages():
         if entry.device_type.name == "CUDA":
             rig.row("profile", size=size, kernel=entry.key[:80], launches=entry.count / 10,
@@ -180,7 +184,7 @@ def peers(rig: Rig) -> None:
     Memory that does not suffice is a result: N x N matrices of the larger sizes are large.
     """
 
-    def build(mode: str | None) -> Callable[[Cloud], nn.Module]:
+    def build(mode: str | None) -> Build:
         if mode is None:
             return lambda cloud: PlainLoss(cloud, gram_loss)
         torch.compiler.reset()  # it allows a few sizes of one function, and then no more
@@ -197,13 +201,12 @@ def peers(rig: Rig) -> None:
     for provider, size, precision, dtype in plan[:2] if rig.rehearses else plan:
         torch.set_float32_matmul_precision(PRECISIONS[precision])
         measure(rig, provider, size, dtype, build(MODES[provider]), precision)
+    torch.set_float32_matmul_precision("highest")
 
 
 def once(rig: Rig) -> None:
     """One step, and nothing else that a sanitizer would have to slow down."""
-    step = rig.step("cub")
-    step()
-    print("energy", float(step.value))
+    print("energy", float(rig.work("cub").call(STEP)[0]))
 
 
 def _is_right(off: dict[str, Any], dtype: torch.dtype) -> bool:

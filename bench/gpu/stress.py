@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bench.clocks import wait
 from bench.gpu.rig import Rig, bits
 from bench.providers import POTENTIAL
 from pfml_triton.kernels import launch
@@ -57,6 +58,7 @@ def _stress(rig: Rig, size: str, dtype: torch.dtype) -> None:
         for j, name in enumerate(expected):
             changed[i, j] = (bits(again[name]) != bits(expected[name])).sum()  # waits for nothing
         if (i + 1) % look == 0:
+            wait(rig.device)  # also for the product, whose memory may be another's after this
             runs = dict(zip(expected, (changed > 0).sum(0).tolist(), strict=True))
             rig.row("race", size=size, dtype=dtype, repeats=i + 1, runs_that_differ=runs,
                     most_entries=int(changed.max()), passed=not any(runs.values()))  # fmt: skip
