@@ -289,8 +289,8 @@ def _add_gpu(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     add("--minutes", type=float, metavar="N", default=default.minutes,
         help="for all phases together; what finds no time left is skipped")  # fmt: skip
     add("--phases", nargs="+", choices=GPU_PHASES, metavar="PHASE",
-        help=f"some of {', '.join(GPU_PHASES)}, in that order; all if not given. A second call "
-        "into the same folder adds to the page")  # fmt: skip
+        help=f"some of {', '.join(GPU_PHASES)}, in that order, the machine in any case; all if not "
+        "given. A second call into the same folder adds to the page")  # fmt: skip
     add("--rehearse", action="store_true",
         help="run the phases without a GPU, on tiny clouds; the numbers mean nothing")  # fmt: skip
     add("--out", type=Path, metavar="FOLDER", default=Path("runs/gpu"),

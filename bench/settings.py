@@ -143,7 +143,7 @@ class GpuSettings:
 
     Args:
         minutes: of all phases together.
-        phases: some of `GPU_PHASES`; they run in that order.
+        phases: some of `GPU_PHASES`; they run in that order, "machine" in any case.
         rehearse: run every phase without a GPU, on tiny clouds, for numbers that mean nothing.
     """
 

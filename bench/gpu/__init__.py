@@ -18,21 +18,21 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.gpu.page import failures, latest, markdown, slug, summary
-from bench.gpu.phases import PHASES, Phase, Task
+from bench.gpu.phases import PHASE, PHASES, ROWS, Phase, Task
 from bench.results import append_row, read_rows
 from bench.settings import GPU_PHASES, GpuSettings
 
 Row = dict[str, Any]
+_Process = subprocess.Popen[bytes]
 
 ROOT = Path(__file__).parents[2]
-ROWS, LOG = "rows.jsonl", "log.txt"
+LOG = "log.txt"
 GOODBYE = 3.0  # seconds from SIGTERM to SIGKILL
 _LOOK = 0.05  # seconds between two looks at the processes
 _CORES = os.cpu_count() or 1
@@ -57,14 +57,12 @@ def run(settings: GpuSettings, out: Path) -> list[Row]:
     (out / ROWS).open("a").close()  # that it cannot be written is better known now
     if "first" in settings.phases:  # what a user waits for who has compiled nothing yet
         shutil.rmtree(out / "cache", ignore_errors=True)
-    clock = Budget(60 * settings.minutes)
-    chosen = [name for name in PHASES if name in settings.phases]
-    if not any(row["name"] == "machine" for row in read_rows(out / ROWS)):
-        chosen = ["machine", *(name for name in chosen if name != "machine")]
+    phases = _Phases(settings, out)
     try:
         with _terminated_is_interrupted():
-            for name in chosen:
-                run_phase(name, PHASES[name], clock, out, settings.rehearse)
+            for name, phase in PHASES.items():
+                if name in settings.phases or name == "machine":  # rows belong to a machine
+                    phases.run(name, phase)
     finally:
         rows = latest(read_rows(out / ROWS))
         written = write(rows, out)
@@ -105,109 +103,111 @@ def write(rows: Sequence[Row], out: Path) -> tuple[Path, Path]:
     return written
 
 
-@dataclass
-class Budget:
-    """Seconds of a run."""
-
-    seconds: float
-
-    def __post_init__(self) -> None:
-        self._end = time.monotonic() + self.seconds
-
-    @property
-    def left(self) -> float:
-        return self._end - time.monotonic()
-
-
-def run_phase(name: str, phase: Phase, clock: Budget, out: Path, rehearses: bool) -> None:
-    """Run the tasks of a phase in as much of the time left as it may have, and append a row that
-    tells how it went: "done", "failed", "timed out", "interrupted" or "skipped"."""
-    most = min(phase.share * clock.seconds, clock.left)
-    if clock.left < phase.least:
-        _tell(name, out, clock, "skipped", 0.0, f"{max(clock.left, 0):.0f} s were left, and it "
-              f"wants {phase.least:.0f}")  # fmt: skip
-        return
-    print(f"{name}: begins, {most:.0f} s at most, {clock.left:.0f} s left", flush=True)
-    began, status, faults = time.monotonic(), "done", list[str]()
-    beginning = _size(out / LOG)
-    try:
-        for stage in phase.stages:
-            faults += run_stage(name, stage, began + most, out, rehearses)
-        if faults:
-            status = "failed"
-    except TimeoutError:
-        status = "timed out"
-        faults.append(f"stopped after {most:.0f} s")
-    except KeyboardInterrupt:
-        status = "interrupted"
-        raise
-    finally:
-        if faults:
-            faults.append(f"its last line: {_last_line(out / LOG, beginning)}")
-        seconds = time.monotonic() - began
-        _tell(name, out, clock, status, seconds, "; ".join(faults))
-
-
-def run_stage(
-    phase: str, tasks: Sequence[Task], deadline: float, out: Path, rehearses: bool
-) -> list[str]:
-    """Run tasks side by side, one a core, each in a process group of its own.
-
-    Returns:
-        What ended otherwise than with status 0.
-
-    Raises:
-        TimeoutError: the deadline has come. What still ran has been killed, as for all errors.
-    """
-    waiting, running, faults = list(tasks), dict[subprocess.Popen[bytes], Task](), list[str]()
-    try:
-        while waiting or running:
-            while waiting and len(running) < _CORES:
-                task = waiting.pop(0)
-                running[_start(phase, task, out, rehearses)] = task
-            for process in [p for p in running if p.poll() is not None]:
-                task = running.pop(process)
-                _kill(process)  # what it has left running
-                if process.returncode != 0:
-                    faults.append(f"{' '.join(task)} ended with status {process.returncode}")
-            if running and time.monotonic() > deadline:
-                raise TimeoutError
-            time.sleep(_LOOK)
-    finally:
-        for process in running:
-            _end(process)
-    return faults
-
-
 def command_of(task: Task, out: Path, rehearses: bool) -> list[str]:
     """The process of a task."""
     command = [sys.executable, "-m", "bench.gpu.phases", *task, "--out", str(out)]
     return command + ["--rehearse"] * rehearses
 
 
-def _start(phase: str, task: Task, out: Path, rehearses: bool) -> subprocess.Popen[bytes]:
-    environment = dict(os.environ)
-    for name in ("TRITON_INTERPRET", "PFML_TRITON_AUTOTUNE"):
-        environment.pop(name, None)
-    environment |= {
-        "PFML_TRITON_GPU_PHASE": phase,
-        "PFML_TRITON_TUNING": "",  # the shipped tile shapes
-        "TRITON_CACHE_DIR": str(out / "cache" / "triton"),
-        "TORCHINDUCTOR_CACHE_DIR": str(out / "cache" / "inductor"),
-        "PYTHONUNBUFFERED": "1",
-    }
-    if rehearses and task[0] != "model":  # which reads machine code
-        environment["TRITON_INTERPRET"] = "1"
-    with (out / LOG).open("ab") as log:
-        log.write(f"\n==== {phase}: {' '.join(task)}\n".encode())
-        log.flush()
-        return subprocess.Popen(
-            command_of(task, out, rehearses), cwd=ROOT, env=environment, stdin=subprocess.DEVNULL,
-            stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+class _Phases:
+    """Runs phases within the minutes of the settings, from now on."""
+
+    def __init__(self, settings: GpuSettings, out: Path) -> None:
+        self.rehearses, self.out = settings.rehearse, out
+        self.seconds = 60 * settings.minutes
+        self.end = time.monotonic() + self.seconds
+
+    @property
+    def left(self) -> float:
+        return max(self.end - time.monotonic(), 0.0)
+
+    def run(self, name: str, phase: Phase) -> None:
+        """Run the tasks of a phase, and append a row that tells how it went: "done", "failed",
+        "timed out", "interrupted", or "skipped" where too little time is left."""
+        most = min(phase.share * self.seconds, self.left)
+        if self.left < phase.least:
+            why = f"{self.left:.0f} s were left, and it wants {phase.least:.0f}"
+            self.tell(name, "skipped", 0.0, why)
+            return
+        print(f"{name}: begins, {most:.0f} s at most, {self.left:.0f} s left", flush=True)
+        log, status, faults = _size(self.out / LOG), "done", list[str]()
+        began = time.monotonic()
+        try:
+            for stage in phase.stages:
+                faults += self.run_stage(name, stage, began + most)
+            status = "failed" if faults else "done"
+        except TimeoutError:
+            status = "timed out"
+            faults.append(f"stopped after {most:.0f} s")
+        except KeyboardInterrupt:
+            status = "interrupted"
+            raise
+        finally:
+            if faults:
+                faults.append(f"its last line: {_last_line(self.out / LOG, log)}")
+            self.tell(name, status, time.monotonic() - began, "; ".join(faults))
+
+    def run_stage(self, phase: str, tasks: Sequence[Task], deadline: float) -> list[str]:
+        """Run tasks side by side, one a core, each in a process group of its own.
+
+        Returns:
+            What ended otherwise than with status 0.
+
+        Raises:
+            TimeoutError: the deadline has come. What still ran is killed, as for every exception.
+        """
+        waiting, running, faults = list(tasks), dict[_Process, Task](), list[str]()
+        try:
+            while waiting or running:
+                while waiting and len(running) < _CORES:
+                    task = waiting.pop(0)
+                    running[self.start(phase, task)] = task
+                for process in [p for p in running if p.poll() is not None]:
+                    task = running.pop(process)
+                    _kill(process)  # what it has left running
+                    if process.returncode != 0:
+                        faults.append(f"{' '.join(task)} ended with status {process.returncode}")
+                if running and time.monotonic() > deadline:
+                    raise TimeoutError
+                time.sleep(_LOOK)
+        finally:
+            for process in running:
+                _end(process)
+        return faults
+
+    def start(self, phase: str, task: Task) -> _Process:
+        """Start a task; what it prints goes to the log."""
+        environment = dict(os.environ)
+        for name in ("TRITON_INTERPRET", "PFML_TRITON_AUTOTUNE"):
+            environment.pop(name, None)
+        environment |= {
+            PHASE: phase,
+            "PFML_TRITON_TUNING": "",  # the shipped tile shapes
+            "TRITON_CACHE_DIR": str(self.out / "cache" / "triton"),
+            "TORCHINDUCTOR_CACHE_DIR": str(self.out / "cache" / "inductor"),
+            "PYTHONUNBUFFERED": "1",
+        }
+        if self.rehearses and task[0] != "model":  # which reads machine code
+            environment["TRITON_INTERPRET"] = "1"
+        with (self.out / LOG).open("ab") as log:
+            log.write(f"\n==== {phase}: {' '.join(task)}\n".encode())
+            log.flush()
+            return subprocess.Popen(
+                command_of(task, self.out, self.rehearses), cwd=ROOT, env=environment,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+
+    def tell(self, phase: str, status: str, seconds: float, message: str) -> None:
+        """How a phase went, as a row and on the console."""
+        row: Row = {"bench": "gpu", "phase": phase, "name": "phase", "status": status}
+        append_row(self.out / ROWS, row | {"seconds": seconds, "message": message})
+        because = f" ({message})" if message else ""
+        print(f"{phase}: {status} after {seconds:.0f} s, {self.left:.0f} s left{because}",
+              flush=True)  # fmt: skip
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: _Process) -> None:
     """End a process with its group, gently first."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
@@ -217,7 +217,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
+def _kill(process: _Process) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
@@ -233,14 +233,6 @@ def _terminated_is_interrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _tell(phase: str, out: Path, clock: Budget, status: str, seconds: float, message: str) -> None:
-    row = {"bench": "gpu", "phase": phase, "name": "phase", "status": status, "seconds": seconds}
-    append_row(out / ROWS, row | {"message": message})
-    because = f" ({message})" if message else ""
-    print(f"{phase}: {status} after {seconds:.0f} s, {max(clock.left, 0):.0f} s left{because}",
-          flush=True)  # fmt: skip
 
 
 def _size(path: Path) -> int:

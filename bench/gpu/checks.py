@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from bench.gpu.phases import FOLDER
 from bench.gpu.rig import Rig
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +39,7 @@ def run_tests(rig: Rig, *arguments: str) -> None:
     options = "addopts=--import-mode=importlib --strict-markers"  # pyproject.toml wants xdist too
     command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-c", str(ROOT / "pyproject.toml")]
     command += ["-p", "no:randomly", "-p", "no:cacheprovider", "-p", "bench.gpu.reporter"]
-    environment = os.environ | {"PFML_TRITON_GPU_ROWS": str(rig.out)}
+    environment = os.environ | {FOLDER: str(rig.out)}
     status = subprocess.run(
         [*command, "-o", options, *arguments], cwd=ROOT, env=environment
     ).returncode

@@ -71,7 +71,9 @@ _TABLES = (
     }),
     Table("Pack and filter beside a product on another stream", "race", {
         "size": "size", "dtype": "dtype", "calls": "repeats",
-        "with other bits": lambda row: sum(row["runs_that_differ"].values()),
+        "other bits in the points": "coarse_calls",
+        "in sketches": lambda row: max(row["left_calls"], row["right_calls"]),
+        "in the filter": "near_calls",
     }),
     Table("Pack and filter against float64", "bounds", {
         "size": "size", "dtype": "dtype", "error / bound": "sketch_error",
@@ -90,8 +92,12 @@ _TABLES = (
 def latest(rows: Sequence[Row]) -> list[Row]:
     """The last row of each thing, in the order of their first.
 
-    Errors of an earlier run of a phase are gone once it has run again.
+    Rows of another device are left out, and errors of an earlier run of a phase once it has run
+    again.
     """
+    machines = [i for i, row in enumerate(rows) if row["name"] == "machine" and "device" in row]
+    others = [i for i in machines if rows[i]["device"] != rows[machines[-1]]["device"]]
+    rows = rows[next((i for i in machines if i > max(others)), 0) if others else 0 :]
     ends: dict[str, list[int]] = {}  # of each phase, where its runs end
     for i, row in enumerate(rows):
         if row["name"] == "phase" and row["status"] in ("done", "failed"):

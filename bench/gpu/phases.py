@@ -10,8 +10,10 @@ from pathlib import Path
 
 from bench.settings import GPU_PHASES
 
+ROWS = "rows.jsonl"
+PHASE = "PFML_TRITON_GPU_PHASE"  # environment variable: the phase that a task belongs to
+FOLDER = "PFML_TRITON_GPU_ROWS"  # environment variable: where the plugin of pytest writes them
 Task = tuple[str, ...]  # a function of `_functions`, and its arguments
-_SHARES = range(6)  # of what is compiled side by side
 
 
 @dataclass(frozen=True)
@@ -30,39 +32,29 @@ class Phase:
     stages: tuple[tuple[Task, ...], ...]
 
 
-# The shares add up to more than 1: most phases end before their time. What is timed runs alone;
-# what only compiles, or reads machine code, has company.
+def _alone(*tasks: Task) -> tuple[tuple[Task, ...], ...]:
+    """What is timed: one task after the other."""
+    return tuple((task,) for task in tasks)
+
+
+# What only compiles, or reads machine code, has company.
+_LATER_STEPS = tuple(("first", size) for size in ("sop", "vit-sop", "faces-100k"))
+_MODELS = tuple(("model", size) for size in ("cub", "sop", "vit-sop"))
+_COMPILED = tuple(("compiled", size, f"{i}/6") for size in ("cub", "sop") for i in range(6))
+
+# The shares add up to more than 1: most phases end before their time.
 PHASES = {
-    "machine": Phase(0.06, 5, ((("machine",),),)),
-    "first": Phase(
-        0.2,
-        15,
-        (
-            (("first", "cub"),),
-            (
-                *(("first", size) for size in ("sop", "vit-sop", "faces-100k")),
-                *(("model", size) for size in ("cub", "sop", "vit-sop")),
-            ),
-        ),
-    ),
-    "correctness": Phase(0.25, 15, ((("correctness",),),)),
-    "stress": Phase(0.12, 15, ((("stress",),),)),
-    "steps": Phase(0.2, 15, ((("steps",),),)),
-    "peers": Phase(0.2, 15, ((("peers",),),)),
-    "slack": Phase(0.06, 10, ((("slack",),),)),
-    "tune": Phase(
-        0.22,
-        30,
-        (
-            tuple(("compiled", size, f"{i}/{len(_SHARES)}") for size in ("cub", "sop")
-                  for i in _SHARES),
-            (("tune", "cub"),),
-            (("tune", "sop"),),
-        ),
-    ),
-    "memcheck": Phase(0.12, 15, ((("sanitize", "memcheck"),),)),
-    "racecheck": Phase(0.12, 15, ((("sanitize", "racecheck"),),)),
-}  # fmt: skip
+    "machine": Phase(0.06, 5, _alone(("machine",))),
+    "first": Phase(0.2, 15, (*_alone(("first", "cub")), (*_LATER_STEPS, *_MODELS))),
+    "correctness": Phase(0.25, 15, _alone(("correctness",))),
+    "stress": Phase(0.12, 15, _alone(("stress",))),
+    "steps": Phase(0.2, 15, _alone(("steps",))),
+    "peers": Phase(0.2, 15, _alone(("peers",))),
+    "slack": Phase(0.06, 10, _alone(("slack",))),
+    "tune": Phase(0.22, 30, (_COMPILED, *_alone(("tune", "cub"), ("tune", "sop")))),
+    "memcheck": Phase(0.12, 15, _alone(("sanitize", "memcheck"))),
+    "racecheck": Phase(0.12, 15, _alone(("sanitize", "racecheck"))),
+}
 assert tuple(PHASES) == GPU_PHASES
 
 
@@ -82,7 +74,7 @@ def run_task(task: Task, out: Path, rehearses: bool) -> None:
     from bench.gpu.rig import Rig
 
     name, *arguments = task
-    rig = Rig(out, os.environ.get("PFML_TRITON_GPU_PHASE", name), rehearses)
+    rig = Rig(out, os.environ.get(PHASE, name), rehearses)
     _functions()[name](rig, *arguments)
 
 

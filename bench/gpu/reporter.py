@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.gpu.phases import FOLDER
 from bench.gpu.rig import Rig
-
-FOLDER = "PFML_TRITON_GPU_ROWS"  # environment variable: the folder that gets the rows
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:

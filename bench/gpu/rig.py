@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from bench.clouds import Cloud, make_cloud
 from bench.costs import Workload
+from bench.gpu.phases import ROWS
 from bench.memory import is_out_of_memory
 from bench.parity import Truth, errors, truth
 from bench.providers import POTENTIAL, PROVIDERS
 from bench.results import append_row
 from bench.settings import SIZES
 
-ROWS = "rows.jsonl"
 Build = Callable[[Cloud], nn.Module] | None
 
 
@@ -38,8 +38,10 @@ class Rig:
     out: Path
     phase: str
     rehearses: bool = False
-    _clouds: dict[str, Cloud] = field(default_factory=dict)
-    _truths: dict[tuple[str, torch.dtype], Truth] = field(default_factory=dict)
+    _clouds: dict[str, Cloud] = field(default_factory=dict, init=False, repr=False)
+    _truths: dict[tuple[str, torch.dtype], Truth] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     @property
     def device(self) -> torch.device:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import triton
 from triton.testing import do_bench
 
+from bench.clocks import Call, elapsed
 from bench.gpu.rig import Rig
 from bench.providers import POTENTIAL
 from pfml_triton.kernels import search, tuning
@@ -27,37 +30,29 @@ class Clock:
     The first of a kernel is the shipped one, which always gets a time.
     """
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds, self.deadline, self.timed = seconds, 0.0, 0
+    def __init__(
+        self, seconds: float, measured: Callable[..., Any] = do_bench, most: int | None = None
+    ) -> None:
+        self.seconds, self.measured, self.most = seconds, measured, most
+        self.deadline, self.timed = 0.0, 0
 
     def space(self, kernel: str, shipped: Tiles, depth: int) -> list[triton.Config]:
         """What is timed of a kernel, which comes next."""
         self.timed, self.deadline = 0, time.monotonic() + self.seconds
-        found = search.short_space(kernel, shipped, depth)
-        return found if kernel in KERNELS else found[:1]
+        return search.short_space(kernel, shipped, depth)[: self.most if kernel in KERNELS else 1]
 
-    def __call__(self, call: Any, quantiles: Any = (0.5, 0.2, 0.8)) -> list[float]:
+    def __call__(self, call: Call, quantiles: Sequence[float] = (0.5, 0.2, 0.8)) -> list[float]:
         """Milliseconds; infinite, and the call is not made, when the time is over."""
         if self.timed and time.monotonic() > self.deadline:
             return [float("inf")] * len(quantiles)
         self.timed += 1
-        found: list[float] = self.measured(call, quantiles)
+        found: list[float] = self.measured(call, quantiles=quantiles)
         return found
 
-    def measured(self, call: Any, quantiles: Any) -> Any:
-        return do_bench(call, quantiles=quantiles)
 
-
-class RehearsalClock(Clock):
-    """A call of each of two configurations."""
-
-    def space(self, kernel: str, shipped: Tiles, depth: int) -> list[triton.Config]:
-        return super().space(kernel, shipped, depth)[:2]
-
-    def measured(self, call: Any, quantiles: Any) -> Any:
-        began = time.monotonic()
-        call()
-        return [1e3 * (time.monotonic() - began)] * len(quantiles)
+def _once(call: Call, quantiles: Sequence[float]) -> list[float]:
+    """What a rehearsal has of triton.testing.do_bench, which needs a GPU."""
+    return [elapsed(call, torch.device("cpu"))[1]] * len(quantiles)
 
 
 def compiled(rig: Rig, size: str, share: str) -> None:
@@ -82,10 +77,11 @@ def tune(rig: Rig, size: str) -> None:
     """Time the configurations of both kernels, and keep what belongs in a tuning file."""
     with rig.guarded("tuned", size=size):
         x = rig.cloud(size).points
-        call, tiles, depth = _call(rig, size)
-        clock = (RehearsalClock if rig.rehearses else Clock)(SECONDS / len(KERNELS))
+        call, tiles, _ = _call(rig, size)
+        seconds = SECONDS / len(KERNELS)
+        clock = Clock(seconds, _once, most=2) if rig.rehearses else Clock(seconds)
         name = tuning.device_name(x) or x.device.type
-        key = tuning.key_of(name, x.dtype, depth, len(x))
+        key = tuning.key_of(name, x.dtype, x.shape[1], len(x))
 
         def told(found: search.Found) -> None:
             if found.kernel in KERNELS:

@@ -24,13 +24,14 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--help"], ["retrieval", "speed", "plot", "host", "roofline", "figure"]),
+        (["--help"], ["retrieval", "speed", "plot", "gpu", "host", "roofline", "figure"]),
         (
             ["retrieval", "--help"],
             ["glyphs", "resnet50", "contrastive", "--label-noise", "{auto,cpu,cuda}", "--out"],
         ),
         (["report", "--help"], ["--runs", "--data", "--out"]),
         (["speed", "--help"], ["--sizes", "faces-100k", "100,512", "--slow", "{auto,cpu,cuda}"]),
+        (["gpu", "--help"], ["--minutes", "racecheck", "--rehearse", "the machine in any case", "--out"]),
         (["plot", "--help"], ["growth", "--rows", "--out"]),
         (
             ["roofline", "--help"],
