@@ -67,8 +67,9 @@ def run(settings: GpuSettings, out: Path) -> list[Row]:
         rows = latest(read_rows(out / ROWS))
         written = write(rows, out)
         print(f"\n{summary(rows)}\n\nAll output of the phases is in {out / LOG}.")
-        print(f"The page and its rows are {' and '.join(map(str, written))}: they are made to be "
-              "committed, under bench/results/.", flush=True)  # fmt: skip
+        print(f"The page and its rows are {' and '.join(map(str, written))}."
+              + " They are made to be committed, under bench/results/." * (not settings.rehearse),
+              flush=True)  # fmt: skip
     return rows
 
 
@@ -224,15 +225,19 @@ def _kill(process: _Process) -> None:
 
 @contextmanager
 def _terminated_is_interrupted() -> Iterator[None]:
-    """Let SIGTERM end the run as Ctrl-C does: with its processes, and with a page."""
+    """Let SIGTERM, and a terminal that is closed, end the run as Ctrl-C does: with its processes,
+    and with a page."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    ending = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is signal.SIG_DFL]
+    for number in ending:
+        signal.signal(number, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number in ending:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _size(path: Path) -> int:

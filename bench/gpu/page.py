@@ -23,12 +23,13 @@ _SHOWN = 15  # failures of the summary
 
 
 class Table(NamedTuple):
-    """The rows of a name, and of a phase if one is given, a line each."""
+    """The rows of a name, and of a phase if one is given, a line each; and how to read them."""
 
     title: str
     name: str
     columns: dict[str, Column]
     phase: str | None = None
+    note: str = ""
 
 
 _STEP: dict[str, Column] = {
@@ -38,12 +39,23 @@ _STEP: dict[str, Column] = {
     "MiB": lambda row: row["extra_bytes"] / 2**20 if "extra_bytes" in row else None,
     "gradient error": "gradient_error",
 }  # fmt: skip
-_STEPS = Table("Steps of this loss", "step", _STEP, "steps")
-_BESIDE = Table("Plain PyTorch beside it", "step", _STEP, "peers")
+_STEPS = Table(
+    "Steps of this loss", "step", _STEP, "steps",
+    "Forward and backward. Step us: median of steps back to back, so the host's time where that is "
+    "the larger. Host us: until a step returns, on an idle device. Graph us: of a replayed CUDA "
+    "graph, the GPU's part. Inputs may still be in the L2 cache. MiB: memory that a step adds at "
+    "its peak. Gradient error: against float64, relative to the largest force.",
+)  # fmt: skip
+_BESIDE = Table(
+    "Plain PyTorch beside it", "step", _STEP, "peers",
+    "The same energy by one N x N matrix of distances a step, in eager mode and under "
+    "torch.compile. x pfml: the time in units of that of this loss.",
+)  # fmt: skip
 _KERNELS = Table("Kernels of a step, measured and modelled", "kernel", {
     "size": "size", "kernel": "kernel", "us": "us", "again": "again_us", "modelled": "modelled_us",
     "from": "low_us", "to": "high_us", "limit": "limit", "measured / modelled": "of_model",
-})  # fmt: skip
+}, note="Each in a CUDA graph of its own, twice: the difference is noise. The model is that of "
+   "`python -m bench roofline`.")  # fmt: skip
 _PHASES = Table("Phases", "phase", {
     "phase": "phase", "status": "status", "seconds": lambda row: round(row["seconds"]),
     "why": "message",
@@ -133,8 +145,8 @@ def markdown(rows: Sequence[Row]) -> str:
     blocks = [f"# {_title(rows)}", *_about(rows), _verdict(rows, len(rows))]
     for table in _TABLES:
         if lines := _lines(table, rows):
-            blocks += [f"## {table.title}", lines]
-    return "\n\n".join(blocks) + "\n"
+            blocks += [f"## {table.title}", lines, table.note]
+    return "\n\n".join(block for block in blocks if block) + "\n"
 
 
 def summary(rows: Sequence[Row]) -> str:

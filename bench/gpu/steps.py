@@ -12,7 +12,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from bench.chips import CHIPS
-from bench.clocks import back_to_back, graph_us, host_us
+from bench.clocks import back_to_back, graph_us, host_us, wait
 from bench.clouds import Cloud
 from bench.costs import Workload
 from bench.counting import count_work, record_step
@@ -29,7 +29,6 @@ from pfml_triton.sketch import random_basis, turned_basis
 STEP = "forward+backward"
 SINGLE, BRAIN = torch.float32, torch.bfloat16
 TIMED = ("cub", "sop", "faces-100k", "vit-sop")  # the most wanted first
-MODELLED = ("cub", "sop", "vit-sop")  # work that is counted in seconds
 PRECISIONS = {"float32": "highest", "tf32": "high"}  # of products, in PyTorch's words
 MODES = {"eager": None, "compile": "default", "reduce-overhead": "reduce-overhead"}
 LAUNCHES = 20  # of a kernel in one graph
@@ -170,6 +169,7 @@ def profiled(rig: Rig, size: str, work: Workload) -> None:
     with profile(activities=activities) as found:
         for _ in range(10):
             work.launch(STEP)
+        wait(rig.device)
     for entry in found.key_averages():
         if entry.device_type.name == "CUDA":
             rig.row("profile", size=size, kernel=entry.key[:80], launches=entry.count / 10,

@@ -31,7 +31,10 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
         ),
         (["report", "--help"], ["--runs", "--data", "--out"]),
         (["speed", "--help"], ["--sizes", "faces-100k", "100,512", "--slow", "{auto,cpu,cuda}"]),
-        (["gpu", "--help"], ["--minutes", "racecheck", "--rehearse", "the machine in any case", "--out"]),
+        (
+            ["gpu", "--help"],
+            ["--minutes", "racecheck", "--rehearse", "the machine in any case", "--out"],
+        ),
         (["plot", "--help"], ["growth", "--rows", "--out"]),
         (
             ["roofline", "--help"],
