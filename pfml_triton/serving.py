@@ -12,11 +12,14 @@ a running kernel did wrong and faults of the caller are raised as they are.
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import traceback
 import warnings
 from collections.abc import Callable
-from subprocess import SubprocessError
+from pathlib import Path
+from subprocess import CalledProcessError, SubprocessError
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
@@ -162,6 +165,7 @@ _UNLOADABLE, _TOO_LARGE = ("kernel image", "PTX"), "too many resources requested
 # this takes of the machine.
 _COMPILING = "triton.compiler"
 _BUILDING = ("triton.runtime.build", "triton.runtime.cache", "triton.runtime.driver")
+NEEDS = "Triton needs"  # how `needed` begins
 
 
 def _fault_of(error: Exception) -> _Fault | None:
@@ -176,12 +180,35 @@ def _fault_of(error: Exception) -> _Fault | None:
         if isinstance(frame.f_locals.get("self"), triton.JITFunction):
             kernel = frame.f_locals["self"].__name__
     line = _first_line(error)
-    reason = f"{kernel}: {line}" if kernel else line
+    reason = needed(error) or (f"{kernel}: {line}" if kernel else line)
     if "Triton Error [" in line:  # of the driver
         if _TOO_LARGE in line:
             return _Fault(reason, of_tiles=True)
         return _Fault(reason, of_tiles=False) if any(w in line for w in _UNLOADABLE) else None
     return _Fault(reason, of_tiles=not builds) if compiles else None
+
+
+def needed(error: BaseException) -> str | None:
+    """What to install, if an error says that Triton could not build its launcher; else None.
+
+    Triton compiles a little C for the driver before the first launch. Without a compiler it raises
+    RuntimeError, or the OSError of starting what CC names; without Python's headers, the compiler
+    says so on stderr, and the error has its command only.
+    """
+    what, cc = f"{NEEDS} a C compiler to launch kernels", os.environ.get("CC")
+    if isinstance(error, RuntimeError) and "Failed to find C compiler" in str(error):
+        return f"{what}, got none: install gcc or clang, or name one in the environment variable CC"
+    if isinstance(error, OSError) and cc is not None and error.filename == cc:
+        return f"{what}, got CC={cc!r}, which does not start ({error.strerror}): install gcc, unset CC"
+    if isinstance(error, CalledProcessError) and isinstance(error.cmd, list):
+        folders = [argument[2:] for argument in error.cmd if argument.startswith("-I")]
+        if folders and not any((Path(folder) / "Python.h").exists() for folder in folders):
+            python = "python{}.{}".format(*sys.version_info)
+            return (
+                f"{NEEDS} Python.h to launch kernels, and the C compiler finds none: "
+                f"install {python}-dev or python3-dev (python3-devel on Fedora)"
+            )
+    return None
 
 
 def _first_line(error: BaseException) -> str:

@@ -17,7 +17,7 @@ from pfml_triton import selfcheck, serving, torch_backend
 from pfml_triton.kernels import launch
 from pfml_triton.selfcheck import kernels, loss, machine
 from pfml_triton.selfcheck.result import Check, Log, Report
-from pfml_triton.selfcheck.text import text
+from pfml_triton.selfcheck.text import next_steps, text
 
 CPU = torch.device("cpu")
 KEYS = {
@@ -115,6 +115,21 @@ def test_report_of_a_gpu() -> None:
     assert "Triton kernels, running on cuda:0 (NVIDIA H100)" in out
     assert "PASSED: all 1 checks. The Triton kernels compute what they should on" in out
     assert max(len(line) for line in out.splitlines()) <= 100
+
+
+def test_a_missing_c_compiler_is_the_next_step() -> None:
+    report = report_of()
+    log = Log(report, CPU, "gpu")
+
+    def build(_: Any) -> None:
+        raise RuntimeError("Failed to find C compiler. Please specify via CC")
+
+    log.run("kernel: pack", "packs", "the truth", build)
+    log.run("kernel: filter", "filters", "the truth", build)
+    steps = next_steps(report)
+    assert steps[0].startswith("Triton needs a C compiler to launch kernels, got none: install gcc")
+    assert steps[0].endswith("Then run `python -m pfml_triton` again.")
+    assert not [step for step in steps if "Report what failed" in step]
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:

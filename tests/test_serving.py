@@ -3,12 +3,17 @@ tensors that say they are on a GPU."""
 
 from __future__ import annotations
 
+import re
+import shutil
+import sysconfig
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from subprocess import CalledProcessError
 from typing import Any
 
@@ -16,6 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 from triton.compiler.errors import CompilationError
+from triton.runtime import build
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from pfml_triton import PFMLLoss, class_potential, potential_energy, serving
@@ -174,7 +180,6 @@ OF_TILES = [
     (RuntimeError("Triton Error [CUDA]: too many resources requested for launch"), __name__),
 ]
 OF_THE_MACHINE = [
-    (RuntimeError("Failed to find C compiler. Please specify"), "triton.runtime.build"),
     (CalledProcessError(1, ["gcc"]), "triton.runtime.build"),
     (AssertionError("libcuda.so cannot found!"), "triton.runtime.driver"),
     (PermissionError(13, "Permission denied", "/cache"), COMPILER),
@@ -220,6 +225,44 @@ def test_errors_that_no_tiles_can_help(
         wide, labels = cloud("collisions", 20, 9, 3, torch.float32)
         assert_right(energy(wide, labels), wide, labels)
     assert kernel.asked == [3]
+
+
+@pytest.mark.parametrize(
+    ("compiler", "says"),
+    [
+        (None, "Triton needs a C compiler to launch kernels, got none: install gcc"),
+        ("no-such-cc", "got CC='no-such-cc', which does not start (No such file or directory)"),
+        ("/dev/null", "got CC='/dev/null', which does not start (Permission denied)"),
+        (shutil.which("false"), "Triton needs Python.h to launch kernels"),
+    ],
+)
+def test_what_triton_builds_with_is_named(
+    gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiler: str | None, says: str
+) -> None:
+    """Triton's own errors, as it builds a module of C for its launcher."""
+    kernel = Kernel(monkeypatch)
+    kernel.fail = partial(
+        build.compile_module_from_src, "#include <Python.h>", "stub", include_dirs=[str(tmp_path)]
+    )
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    if compiler is not None:
+        monkeypatch.setenv("CC", compiler)
+    paths = sysconfig.get_paths
+    monkeypatch.setattr(sysconfig, "get_paths", lambda **k: paths(**k) | {"include": "/none"})
+    for find in filter(None, [getattr(build, "_find_compiler", None)]):  # Triton 3.8 and later
+        find.cache_clear()
+    with told_once("The torch backend serves", says):
+        assert_right(energy())
+    assert kernel.asked == [3]
+    with pytest.raises(ValueError, match=re.escape(says)):
+        energy(backend="triton")
+
+
+def test_a_compiler_that_has_what_it_needs_fails_in_its_own_words(tmp_path: Path) -> None:
+    (tmp_path / "Python.h").touch()
+    assert serving.needed(CalledProcessError(1, ["gcc", "stub.c", f"-I{tmp_path}"])) is None
 
 
 @pytest.mark.parametrize(("error", "module"), OTHERS)

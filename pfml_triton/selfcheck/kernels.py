@@ -20,6 +20,7 @@ from ..kernels.config import TILE_M, TILE_N
 from ..kernels.recording import Launch, record
 from ..kernels.tuning import tiles_here
 from ..potential import EPSILON, TOTALS, Potential, Split
+from ..serving import needed
 from ..sketch import LIFT, random_basis
 from . import truth
 from .result import Comparison, Log
@@ -108,7 +109,7 @@ def check(log: Log, case: Case) -> None:
             raise
         where = f"{str(case.dtype).removeprefix('torch.')}, D = {case.depth}, N = {case.n}"
         last = KERNELS[reached[-1]].name
-        log.skip(f"what follows the kernel {last} ({where})", f"{last} did not run: {error}")
+        log.skip(f"what follows the kernel {last} ({where})", f"{last} did not run: {needed(error) or error}")
 
 
 def _call(case: Case, device: torch.device) -> None:

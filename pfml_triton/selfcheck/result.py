@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import serving
+
 FORMAT = 1  # of the JSON
 
 
@@ -182,7 +184,7 @@ class Log:
                 body(comparison)
             except Exception as error:
                 raised = error
-                comparison.fault = f"{type(error).__name__}: {error}"
+                comparison.fault = serving.needed(error) or f"{type(error).__name__}: {error}"
         self._warned(caught)
         self.report.checks.append(
             Check(

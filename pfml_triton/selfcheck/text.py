@@ -6,6 +6,7 @@ from itertools import groupby
 from textwrap import fill
 from typing import Any
 
+from ..serving import NEEDS
 from .result import HOW, Check, Report
 
 _WIDTH = 100
@@ -69,8 +70,9 @@ def verdict(report: Report) -> str:
 
 def next_steps(report: Report) -> list[str]:
     """What someone should do who has read the report."""
-    steps = []
-    if report.failed:
+    needs = {check.detail: None for check in report.failed if check.detail.startswith(NEEDS)}
+    steps = [f"{need}. Then run `python -m pfml_triton` again." for need in needs]
+    if report.failed and not needs:
         steps.append(
             "Do not train with a backend that failed. If only Triton kernels did, "
             'PFMLLoss(..., backend="torch") serves without them, slower.'
