@@ -2,8 +2,8 @@
 
 `run` is the experiment behind ``python -m bench tune``. What is tuned is the
 field, on itself, of a cloud of points like those of a trained network. The search itself is the
-package's (pfml_triton/kernels/search.py); here, the static model of roofline.py chooses what is
-worth timing, and takes the place of the times where there is no GPU.
+package's (pfml_triton/kernels/search.py); where there is no GPU, the static model of roofline.py
+takes the place of the times.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ ARCHS = tuple(CHIPS)
 DEVICE = "cuda"  # where configurations are timed
 POTENTIAL = Potential()
 SHOWN = 8  # configurations of a table
-KEPT = 3  # one of as many is worth timing
 
 Row = dict[str, Any]
 
@@ -314,50 +313,26 @@ def tune_bucket(
     name = tuning.device_name(x)
     assert name is not None
     key = tuning.key_of(name, x.dtype, depth, n)
-    task = progress.add_task(str(bucket), total=len(search.KERNELS))
+    shipped = tuning.shipped_tiles(x, n)
+    configurations = sum(len(search.space(kernel, shipped, key.depth)) for kernel in search.KERNELS)
+    task = progress.add_task(f"{bucket}: compiling and timing", total=configurations)
     rows: list[Row] = []
 
     def told(found: search.Found) -> None:
         rows.extend(measured_rows(bucket, found))
         console.print(gain(bucket, found), highlight=False)
-        progress.advance(task)
 
     tiles, found = search.tune(
-        cloud.call(DEVICE), tuning.shipped_tiles(x, n), key, f"{bucket} seed {settings.seed}",
-        prune=pruning(cloud), told=told,
+        cloud.call(DEVICE), shipped, key, f"{bucket} seed {settings.seed}",
+        space=search.space, timed=partial(progress.advance, task), told=told,
     )  # fmt: skip
     progress.remove_task(task)
     return rows, search.entry(key, tiles, found)
 
 
-def pruning(cloud: Cloud) -> search.Prune | None:
-    """Keeps what the static model says is worth timing on this GPU; None where it has no model.
-
-    The best third by modelled time, without those that spill in a loop or do not fit, and in any
-    case the shipped one.
-    """
-    major, minor = torch.cuda.get_device_capability()
-    arch = f"sm_{major}{minor}"
-    if torch.version.hip is not None or arch not in CHIPS:
-        return None
-    call, work = cloud.call("meta"), cloud.work()
-
-    def prune(kernel: str, tiles: Tiles, configs: list[triton.Config]) -> list[triton.Config]:
-        ranked = rank(kernel, tiles, configs, call, arch, work)
-        return worth_timing(ranked, configs[0])
-
-    return prune
-
-
-def worth_timing(ranked: Sequence[Ranked], shipped: triton.Config) -> list[triton.Config]:
-    """The shipped configuration, and the best third of those that can be used."""
-    usable = [r.config for r in ranked if r.is_usable and r.config != shipped]
-    return [shipped, *usable[: -(-len(ranked) // KEPT)]]
-
-
 def measured_rows(bucket: Bucket, found: search.Found) -> Iterator[Row]:
     """A row for each configuration that was timed, the fastest first."""
-    best = found.ms.get(found.best, 1.0)
+    best = found.ms[found.best]
     for place, (config, ms) in enumerate(sorted(found.ms.items(), key=lambda item: item[1])):
         yield bucket.row | {
             "kernel": found.kernel, "rank": place + 1, "configuration": described(config),
@@ -368,8 +343,6 @@ def measured_rows(bucket: Bucket, found: search.Found) -> Iterator[Row]:
 def gain(bucket: Bucket, found: search.Found) -> str:
     """The winner beside the shipped configuration."""
     name = f"{found.kernel}: {bucket}: "
-    if not found.ms:
-        return f"{name}nothing else is worth timing beside {described(found.shipped)}"
     times = f"{1e3 * found.ms[found.best]:.1f} us, shipped {1e3 * found.ms[found.shipped]:.1f} us"
     if found.best == found.shipped:
         return f"{name}{times}: the shipped one is the best, {described(found.shipped)}"

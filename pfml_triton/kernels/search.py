@@ -21,6 +21,7 @@ from unittest import mock
 import torch
 import triton
 from torch import Tensor
+from triton import testing
 
 from ..potential import FieldTerms, Potential
 from ..sketch import random_basis
@@ -48,14 +49,15 @@ KERNELS = {
     },
 }
 _OPTIONS = ("num_warps", "num_stages", "maxnreg")
-# Warps of a program of the forces and registers of a thread, for one to four on a multiprocessor.
-_OCCUPANCIES = ((2, 255), (4, 128), (4, 168), (4, 255), (8, 128), (8, 255), (16, 128))
+# Warps of a program of the forces and registers of a thread, for one to three on a multiprocessor.
+# Two warps, or sixteen, were never within 5 % of the best of the model's ranking.
+_OCCUPANCIES = ((4, 168), (4, 255), (8, 128), (8, 255))
 _HIP_WARPS = (2, 4, 8)
 LARGEST_ERROR = 1e-4  # of the largest entry; another order of float32 sums makes less of it
 
 Call = Callable[[Tiles], FieldTerms]
 Space = Callable[[str, Tiles, int], list[triton.Config]]
-Prune = Callable[[str, Tiles, list[triton.Config]], list[triton.Config]]
+Bench = Callable[..., list[float]]  # of triton.autotune: function, quantiles= -> [median, ...] ms
 
 
 class Found(NamedTuple):
@@ -94,13 +96,13 @@ def space(kernel: str, shipped: Tiles, depth: int) -> list[triton.Config]:
     """`short_space`, and the product of what depends on each other.
 
     In the forces that is the split of the depth, the occupancy and the nomination's step; in the
-    filter, everything.
+    filter, everything but the strip, for which few blocks or many decide.
     """
     changes: list[dict[str, Any]] = [*_neighbours(kernel, shipped)]
     if kernel == "_filter_kernel":
         changes += (
-            {"filter_n": n, "filter_warps": warps, "filter_stages": stages, "filter_strip": strip}
-            for n, warps, stages, strip in product((128, 256), (4, 8), (2, 3), (1, 2, 4, 8))
+            {"filter_n": n, "filter_warps": warps, "filter_stages": stages}
+            for n, warps, stages in product((128, 256), (4, 8), (2, 3))
         )
     elif kernel == "_force_kernel":
         changes += (
@@ -150,15 +152,14 @@ def _occupancies(shipped: Tiles) -> list[dict[str, Any]]:
 
 
 def _splits(depth: int) -> list[tuple[int, int]]:
-    """Blocks of the depth, and how many of them a program has: all, or half of them.
+    """Blocks of the depth, and how many of them a program has: all of them.
 
     `depth` is padded. More slices than `tuning.ALLOWED` has, for large depths, drop out later.
     """
-    if depth <= 128:
-        return [(block, depth // block) for block in (16, 32, 64, 128) if block <= depth]
-    blocks = depth // 128
-    halves = (128, -(-blocks // 2))
-    return [(128, blocks), (64, 2 * blocks), (32, 4 * blocks), (256, -(-blocks // 2)), halves]
+    largest = min(depth, 128)
+    return [
+        (block, depth // block) for block in (largest, largest // 2, largest // 4) if block >= 16
+    ]
 
 
 class _Tunable:
@@ -202,6 +203,42 @@ def launches_of(kernel: str, call: Call, tiles: Tiles) -> list[Callable[[], Any]
     return launches
 
 
+class GraphBench:
+    """Times launches in a CUDA graph, whatever the number of points.
+
+    Triton's default clears the L2 cache before each launch and times one launch after the other. In
+    a step, the kernel before has just written the inputs, and a launch of a few points takes the
+    GPU less time than the host. In a graph the inputs stay in the cache as far as they fit, and the
+    host takes no part.
+
+    The default serves, with a warning, if the first graph cannot be captured. After that, a capture
+    that fails is an error: times of two kinds do not compare.
+    """
+
+    def __init__(self) -> None:
+        self.chosen: Bench | None = None
+
+    def __call__(self, launched: Callable[[], None], quantiles: Any) -> list[float]:
+        # Before the capture: it compiles and allocates. The graph has a stream of its own, that
+        # waits for nothing.
+        launched()
+        torch.cuda.synchronize()
+        if self.chosen is not None:
+            return self.chosen(launched, quantiles=quantiles)
+        try:
+            times = testing.do_bench_cudagraph(launched, quantiles=quantiles)
+            self.chosen = testing.do_bench_cudagraph
+        except RuntimeError as error:
+            warnings.warn(
+                f"no CUDA graph can be captured, so launches are timed one by one: {error}",
+                tuning.TuningWarning,
+                stacklevel=2,
+            )
+            times = testing.do_bench(launched, quantiles=quantiles)
+            self.chosen = testing.do_bench
+        return times
+
+
 def tune(
     call: Call,
     shipped: Tiles,
@@ -209,8 +246,8 @@ def tune(
     work: str,
     *,
     space: Space = space,
-    prune: Prune | None = None,
-    do_bench: Callable[..., list[float]] | None = None,
+    do_bench: Bench | None = None,
+    timed: Callable[[], None] = lambda: None,
     told: Callable[[Found], None] = lambda found: None,
 ) -> tuple[Tiles, list[Found]]:
     """Time the configurations of every kernel of a call, and return the best, kernel by kernel.
@@ -221,8 +258,8 @@ def tune(
         key: what the call is for.
         work: what else its times depend on. Triton's cache keeps the times of a key and a work.
         space: the configurations of a kernel, the shipped one first.
-        prune: what of them is worth timing, at least one.
-        do_bench: as of triton.autotune: [median, ...] milliseconds of a function.
+        do_bench: times launches; a `GraphBench` if None.
+        timed: is called after each configuration, unless Triton's cache has the times.
         told: is called with what was found of each kernel.
 
     The best are checked against the shipped ones: their results must agree.
@@ -231,6 +268,14 @@ def tune(
         ArithmeticError: they do not.
     """
     tiles, found = shipped, []
+    bench = do_bench or GraphBench()
+
+    def timing(launched: Callable[[], None], quantiles: Any) -> list[float]:
+        try:
+            return bench(launched, quantiles=quantiles)
+        finally:
+            timed()
+
     with _tuning:
         expected = call(shipped)
         for kernel in KERNELS:
@@ -238,8 +283,7 @@ def tune(
             tuner = triton.autotune(
                 space(kernel, tiles, key.depth),
                 key=list(described),
-                prune_configs_by={"early_config_prune": _pruned(prune, kernel, tiles)},
-                do_bench=do_bench,
+                do_bench=timing,
                 cache_results=not launch.INTERPRETED,
             )(_Tunable(call, kernel, tiles, described))
             tuner.run(grid=None, warmup=False, **described)
@@ -255,13 +299,6 @@ def tune(
 
 
 _tuning = threading.Lock()  # one kernel has one stand-in
-
-
-def _pruned(prune: Prune | None, kernel: str, tiles: Tiles) -> Callable[..., list[triton.Config]]:
-    def pruned(configs: list[triton.Config], *_: Any, **__: Any) -> list[triton.Config]:
-        return configs if prune is None else prune(kernel, tiles, configs)
-
-    return pruned
 
 
 def disagreement(ours: FieldTerms, expected: FieldTerms) -> str | None:

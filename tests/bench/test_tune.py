@@ -14,7 +14,6 @@ from bench import __main__ as command_line
 from bench import tune
 from bench.roofline import Prediction
 from bench.settings import Size, TuneSettings
-from bench.tune import Ranked
 from pfml_triton.kernels import search, tuning
 from pfml_triton.kernels.config import tiles_for
 
@@ -80,9 +79,8 @@ def configs(number: int) -> list[Any]:
     return search.space("_force_kernel", tiles_for(64), 64)[:number]
 
 
-def test_what_spills_or_does_not_fit_is_not_worth_timing() -> None:
+def test_what_spills_or_does_not_fit_is_ranked_last() -> None:
     fast = configs(9)
-    shipped = fast[8]
     predictions = [prediction(1, spills=3), *(prediction(9 - i) for i in range(7)), prediction(50)]
     predictions[2] = prediction(0, fits=False)
     with (
@@ -93,9 +91,6 @@ def test_what_spills_or_does_not_fit_is_not_worth_timing() -> None:
         ranked = tune.rank("_force_kernel", tiles_for(64), fast, lambda tiles: None, "sm_90", None)
     assert [r.config for r in ranked[-2:]] == [fast[0], fast[2]]
     assert ranked[0].config == fast[7]
-    assert tune.worth_timing(ranked, shipped) == [shipped, fast[7], fast[6], fast[5]]
-    only = [Ranked(shipped, prediction(1))]
-    assert tune.worth_timing(only, shipped) == [shipped]
 
 
 @pytest.fixture
@@ -106,10 +101,10 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     def do_bench(launched: Callable[[], None], quantiles: Any) -> list[float]:
         return [next(times)] * 3
 
-    timed = search.tune
+    timed, space = search.tune, search.space
     monkeypatch.setattr(tune, "DEVICE", "cpu")
     monkeypatch.setattr(tune, "SIZES", SMALL)
-    monkeypatch.setattr(tune, "pruning", lambda cloud: lambda kernel, tiles, configs: configs[:3])
+    monkeypatch.setattr(search, "space", lambda *args: space(*args)[:3])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(tuning, "device_name", lambda x: "A GPU")
     monkeypatch.setattr(search, "tune", lambda *a, **k: timed(*a, **k, do_bench=do_bench))
@@ -119,13 +114,18 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     tuning.forget()
 
 
-def test_a_gpu_is_tuned_and_the_file_serves(gpu: Path, tmp_path: Path) -> None:
+def test_a_gpu_is_tuned_and_the_file_serves(
+    gpu: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = TuneSettings(depths=(16,), sizes=("cub",))
+    advanced: list[Any] = []
+    monkeypatch.setattr(tune.Progress, "advance", lambda _, task: advanced.append(task))
     with (tmp_path / "printed").open("w") as file:
         rows = tune.run(settings, tmp_path, Console(file=file, width=300))
     printed = (tmp_path / "printed").read_text()
     written = [json.loads(line) for line in (tmp_path / "tune.jsonl").read_text().splitlines()]
     assert [row["modelled"] for row in written] == [False] * 9
+    assert len(advanced) == 9  # configurations
     assert all(w.items() >= row.items() for w, row in zip(written, rows, strict=True))
     for kernel in search.KERNELS:
         best, _, shipped = (row for row in rows if row["kernel"] == kernel)
