@@ -39,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "python -m pfml_triton",
         description="Check that the PFML loss computes on this machine what it should: every "
         "Triton kernel, the whole loss with its gradients, that runs repeat, and how long they "
-        "take. About half a minute, and a minute without a GPU.",
+        "take. About half a minute on a GPU, and up to two more the first time, while the kernels "
+        "compile; a minute without a GPU.",
         epilog="Exit status: 0 if everything that was checked passed, 1 if something failed, 2 if "
         "an argument is wrong. Progress goes to stderr, the report to stdout.",
     )

@@ -199,7 +199,9 @@ def needed(error: BaseException) -> str | None:
     if isinstance(error, RuntimeError) and "Failed to find C compiler" in str(error):
         return f"{what}, got none: install gcc or clang, or name one in the environment variable CC"
     if isinstance(error, OSError) and cc is not None and error.filename == cc:
-        return f"{what}, got CC={cc!r}, which does not start ({error.strerror}): install gcc, unset CC"
+        return (
+            f"{what}, got CC={cc!r}, which does not start ({error.strerror}): install gcc, unset CC"
+        )
     if isinstance(error, CalledProcessError) and isinstance(error.cmd, list):
         folders = [argument[2:] for argument in error.cmd if argument.startswith("-I")]
         if folders and not any((Path(folder) / "Python.h").exists() for folder in folders):

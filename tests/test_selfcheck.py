@@ -6,17 +6,19 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from pfml_triton import __main__ as command
-from pfml_triton import selfcheck, serving, torch_backend
+from pfml_triton import module, selfcheck, serving, torch_backend
 from pfml_triton.kernels import launch
 from pfml_triton.selfcheck import kernels, loss, machine
-from pfml_triton.selfcheck.result import Check, Log, Report
+from pfml_triton.selfcheck.result import Check, Comparison, Log, Report
 from pfml_triton.selfcheck.text import next_steps, text
 
 CPU = torch.device("cpu")
@@ -117,6 +119,22 @@ def test_report_of_a_gpu() -> None:
     assert max(len(line) for line in out.splitlines()) <= 100
 
 
+def test_progress_names_every_kernel_of_every_case(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On stderr, a line a case, the names as the kernels come."""
+    case = kernels.Case(torch.float32, 20, 40, of_loss=True)
+    monkeypatch.setattr(kernels, "on_gpu", lambda: [case, case])
+    monkeypatch.setattr(loss, "check", lambda *_: None)
+    selfcheck._check_gpu(Log(report_of(), CPU, "gpu"))
+    out, err = capsys.readouterr()
+    assert (
+        "kernels of case 2 of 2 (float32, D = 20, N = 40): pack filter forces total pull back\n"
+        in err
+    )
+    assert not out
+
+
 def test_a_missing_c_compiler_is_the_next_step() -> None:
     report = report_of()
     log = Log(report, CPU, "gpu")
@@ -159,6 +177,42 @@ def test_the_torch_backend_passes() -> None:
     assert all(check.passed for check in found.values())
 
 
+def interpreted_graph(step: Callable[[], list[Tensor]], device: torch.device) -> Any:
+    """Stands in for `loss._captured`: a replay makes the step again."""
+    for _ in range(3):
+        step()
+    captured = [t.clone() for t in step()]
+
+    def replay() -> None:
+        for t, found in zip(captured, step(), strict=True):
+            t.copy_(found)
+
+    return replay, captured
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_captured_step_is_compared(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "_captured", interpreted_graph)
+    monkeypatch.setattr(module, "turn_basis", lambda *_: None)  # as while a graph is captured
+    comparison = Comparison()
+    loss._graph(training, "torch", CPU, 20, 40, comparison)
+    assert not comparison.fault
+
+
+def test_a_graph_that_turns_the_sketch_or_repeats_old_results_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loss, "_captured", interpreted_graph)
+    monkeypatch.setattr(module, "turn_basis", lambda basis, *_: basis.mul_(0.5))
+    comparison = Comparison()
+    loss._graph(True, "torch", CPU, 20, 40, comparison)
+    assert comparison.fault.startswith("replay 1: basis of the sketch")
+    monkeypatch.setattr(loss, "_captured", lambda step, _: (lambda: None, step()))
+    comparison = Comparison()
+    loss._graph(False, "torch", CPU, 20, 40, comparison)
+    assert comparison.fault.startswith("replay 1: value")
+
+
 def broken(function: Any, change: Any) -> Any:
     """A function whose results are changed."""
     return lambda *args, **kwargs: change(function(*args, **kwargs))
@@ -194,15 +248,18 @@ def test_an_exception_is_the_failure_of_its_check(monkeypatch: pytest.MonkeyPatc
     assert not found["loss"].passed
 
 
-def kernels_checked() -> dict[str, Check]:
+def kernels_checked(begun: Callable[[str], None] = lambda name: None) -> dict[str, Check]:
     report = Report({}, [], {})
     log = Log(report, CPU, "interpreter")
-    kernels.check(log, kernels.Case(torch.float32, 20, 40, of_loss=True, shares_lists=True))
+    case = kernels.Case(torch.float32, 20, 40, of_loss=True, shares_lists=True)
+    kernels.check(log, case, begun)
     return {check.name.removeprefix("kernel: "): check for check in report.checks}
 
 
 def test_every_kernel_passes_in_the_interpreter() -> None:
-    found = kernels_checked()
+    begun: list[str] = []
+    found = kernels_checked(begun.append)
+    assert begun == list(found)
     assert set(found) == {kernel.name for kernel in kernels.KERNELS.values()}
     assert all(check.passed for check in found.values()), found
 

@@ -64,9 +64,13 @@ def run(devices: list[torch.device]) -> Report:
 def _check_gpu(log: Log) -> None:
     from . import kernels
 
-    tell(f"{log.device}: Triton kernels (the first time, most of it is compiling)")
-    for case in kernels.on_gpu():
-        kernels.check(log, case)
+    tell(f"{log.device}: Triton kernels. The first time they compile, which takes a minute or two.")
+    cases = kernels.on_gpu()
+    for number, case in enumerate(cases, 1):
+        tell(f"{log.device}: kernels of case {number} of {len(cases)} ({case}):", end="")
+        kernels.check(log, case, lambda kernel: tell(f" {kernel}", end=""))
+        tell("")
+    tell(f"{log.device}: the whole loss")
     loss.check(log, "triton", _FLOATS[:3], [64, 100, 512], 600)
 
 

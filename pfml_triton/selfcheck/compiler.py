@@ -15,7 +15,7 @@ from ..potential import Split
 from ..sketch import random_basis
 from . import truth
 from .kernels import KERNELS
-from .result import Comparison, Log
+from .result import Comparison, Log, tell
 
 POINTS, DEPTH = 5000, 512  # long lists, so that all kernels are launched
 
@@ -44,7 +44,7 @@ def check(log: Log) -> None:
             terms.grad, cloud.points, cloud.inverse, grad_output=value, totals=totals,
             split=Split(100, (torch.float32, torch.float32)), twice=True,
         )  # fmt: skip
-    for one in launches:
+    for number, one in enumerate(launches, 1):
 
         def body(comparison: Comparison) -> None:
             with _always_compiling():
@@ -53,6 +53,7 @@ def check(log: Log) -> None:
             comparison.holds(f"there is machine code ({kind})", len(compiled.asm[kind]) > 0)
 
         kernel = KERNELS[one.kernel.__name__]
+        tell(f"compiling {kernel.name} for {chip}, {number} of {len(launches)}")
         log.run(
             f"compiled: {kernel.name}", f"machine code for {chip} ({arch})", "no error", body,
             dtype=torch.float32, depth=DEPTH, points=POINTS,

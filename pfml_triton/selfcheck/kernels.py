@@ -41,6 +41,9 @@ class Case:
     alpha: float = truth.POTENTIAL.alpha
     shares_lists: bool = False  # over extra programs, however short: what takes 4,096 points else
 
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')}, D = {self.depth}, N = {self.n}"
+
 
 def on_gpu() -> list[Case]:
     """Every dtype and kind of depth, and points enough for long lists."""
@@ -77,8 +80,12 @@ def in_interpreter() -> list[Case]:
     ]
 
 
-def check(log: Log, case: Case) -> None:
-    """Make the launches of a call, and check each."""
+def check(log: Log, case: Case, begun: Callable[[str], None] = lambda name: None) -> None:
+    """Make the launches of a call, and check each.
+
+    Args:
+        begun: is called with the name of each kernel before its launch, which may compile it.
+    """
     reached: list[str] = []
 
     def made(one: Launch) -> None:
@@ -94,6 +101,7 @@ def check(log: Log, case: Case) -> None:
             KERNELS[name].check(comparison, before, one.args)
 
         kernel = KERNELS[name]
+        begun(kernel.name)
         error = log.run(
             f"kernel: {kernel.name}", kernel.what, "plain PyTorch in float64", body,
             dtype=case.dtype, depth=case.depth, points=case.n,
@@ -107,9 +115,11 @@ def check(log: Log, case: Case) -> None:
     except Exception as error:
         if not reached:
             raise
-        where = f"{str(case.dtype).removeprefix('torch.')}, D = {case.depth}, N = {case.n}"
         last = KERNELS[reached[-1]].name
-        log.skip(f"what follows the kernel {last} ({where})", f"{last} did not run: {needed(error) or error}")
+        log.skip(
+            f"what follows the kernel {last} ({case})",
+            f"{last} did not run: {needed(error) or error}",
+        )
 
 
 def _call(case: Case, device: torch.device) -> None:

@@ -60,8 +60,9 @@ def check(log: Log, backend: str, dtypes: list[torch.dtype], depths: list[int], 
         run("repeatable", f"{RUNS} runs agree to the bit, forward and backward", "the first",
             _repeats)  # fmt: skip
     if log.how == "gpu":
-        run("CUDA graph", "captured once, replayed on two other batches", "the same, uncaptured",
-            _graph)  # fmt: skip
+        for mode in ("evaluation", "training"):
+            run(f"CUDA graph of {mode}", f"captured in {mode}, replayed on two other batches",
+                "the same, uncaptured", partial(_graph, mode == "training"))  # fmt: skip
 
 
 def example(
@@ -211,32 +212,49 @@ def _repeats(backend: str, device: torch.device, depth: int, n: int, c: Comparis
             c.same(f"run {run}: {what}", other, one)
 
 
-def _graph(backend: str, device: torch.device, depth: int, n: int, c: Comparison) -> None:
+def _graph(
+    training: bool, backend: str, device: torch.device, depth: int, n: int, c: Comparison
+) -> None:
+    """A replay finds what a call does that is not captured, and leaves the sketch as it was."""
     loss, embeddings, labels = example(backend, device, torch.float32, depth, n)
+    loss.train(training)
     static, static_labels = embeddings.clone().requires_grad_(), labels.clone()
-    before = torch.cuda.Stream(device)
-    before.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(before):  # warm up aside, as capture wants it
-        for _ in range(3):
-            static.grad = loss.proxies.grad = None
-            (_UPSTREAM * loss(static, static_labels)).backward()
-    torch.cuda.current_stream(device).wait_stream(before)
-    static.grad = loss.proxies.grad = None
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def step() -> list[Tensor]:
+        static.grad = loss.proxies.grad = None
         value = loss(static, static_labels)
         (_UPSTREAM * value).backward()
-    assert static.grad is not None
-    assert loss.proxies.grad is not None
-    captured = value, static.grad, loss.proxies.grad
+        assert static.grad is not None
+        assert loss.proxies.grad is not None
+        return [value.detach(), static.grad, loss.proxies.grad]
+
+    replay, captured = _captured(step, device)
     for batch in range(2):
         with torch.no_grad():
             static.copy_(embeddings.roll(batch + 1, 0))
             static_labels.copy_(labels.roll(batch, 0))  # other labels than the points had
-        graph.replay()
-        replayed = [t.detach().clone() for t in captured]
-        plain = _gradients(copy.deepcopy(loss), static.detach(), static_labels)
+        basis = loss.sketch_basis
+        replay()
+        replayed = [t.clone() for t in captured]
+        c.same(f"replay {batch + 1}: basis of the sketch", loss.sketch_basis, basis)
+        plain = _gradients(copy.deepcopy(loss).eval(), static.detach(), static_labels)
         for what, one, other in zip(
             ("value", "embeddings", "proxies"), replayed, plain, strict=True
         ):
             c.same(f"replay {batch + 1}: {what}", one, other)
+
+
+def _captured(
+    step: Callable[[], list[Tensor]], device: torch.device
+) -> tuple[Callable[[], None], list[Tensor]]:
+    """What replays a step, and the tensors that a replay fills: those that the step returns."""
+    aside = torch.cuda.Stream(device)
+    aside.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(aside):  # warm up, as a capture wants it
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream(device).wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    return graph.replay, captured

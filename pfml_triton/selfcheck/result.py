@@ -227,6 +227,6 @@ def _finite(error: float | None) -> float | None:
     return error if error is not None and math.isfinite(error) else None
 
 
-def tell(line: str) -> None:
+def tell(line: str, end: str = "\n") -> None:
     """Progress, on stderr: stdout is the report's."""
-    print(line, file=sys.stderr, flush=True)
+    print(line, file=sys.stderr, end=end, flush=True)
