@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from pfml_triton import PFMLLoss, module, selfcheck, serving, torch_backend
 from pfml_triton import __main__ as command
-from pfml_triton import module, selfcheck, serving, torch_backend
 from pfml_triton.kernels import launch
 from pfml_triton.selfcheck import kernels, loss, machine
 from pfml_triton.selfcheck.result import Check, Comparison, Log, Report
@@ -194,9 +194,12 @@ def interpreted_graph(step: Callable[[], list[Tensor]], device: torch.device) ->
 def test_a_captured_step_is_compared(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss, "_captured", interpreted_graph)
     monkeypatch.setattr(module, "turn_basis", lambda *_: None)  # as while a graph is captured
+    updated: list[Tensor] = []
+    monkeypatch.setattr(PFMLLoss, "update_sketch", lambda _, x: updated.append(x), raising=False)
     comparison = Comparison()
     loss._graph(training, "torch", CPU, 20, 40, comparison)
     assert not comparison.fault
+    assert len(updated) == (2 if training else 0)
 
 
 def test_a_graph_that_turns_the_sketch_or_repeats_old_results_is_found(
@@ -204,6 +207,7 @@ def test_a_graph_that_turns_the_sketch_or_repeats_old_results_is_found(
 ) -> None:
     monkeypatch.setattr(loss, "_captured", interpreted_graph)
     monkeypatch.setattr(module, "turn_basis", lambda basis, *_: basis.mul_(0.5))
+    monkeypatch.setattr(PFMLLoss, "update_sketch", lambda *_: None, raising=False)
     comparison = Comparison()
     loss._graph(True, "torch", CPU, 20, 40, comparison)
     assert comparison.fault.startswith("replay 1: basis of the sketch")

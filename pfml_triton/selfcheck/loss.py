@@ -233,6 +233,8 @@ def _graph(
         with torch.no_grad():
             static.copy_(embeddings.roll(batch + 1, 0))
             static_labels.copy_(labels.roll(batch, 0))  # other labels than the points had
+        if training:
+            loss.update_sketch(static.detach())
         basis = loss.sketch_basis
         replay()
         replayed = [t.clone() for t in captured]
