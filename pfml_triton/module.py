@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .functional import REDUCTIONS, Stats, _check_cloud, _check_options, total_energy
-from .operators import is_transformed, turn_basis
+from .operators import is_transformed, turn_basis, turn_now
 from .potential import Potential
 from .sketch import random_basis, sound_basis
 
@@ -127,7 +127,7 @@ class PFMLLoss(nn.Module):
         # On the CPU, whatever the ambient default device is; `_basis_on` moves the first.
         self._basis = random_basis(embedding_size, torch.device("cpu")).clone()
         self._calls = torch.zeros((), dtype=torch.int64, device="cpu")
-        self._proxy_labels: Tensor | None = None  # made where they are wanted
+        self._proxy_labels: Tensor | None = None  # [C, M] int64, made where they are wanted
         self._totals: Tensor | None = None  # of the last call
         self.reset_parameters()
 
@@ -227,16 +227,9 @@ class PFMLLoss(nn.Module):
                 "indices_tuple must be None: PFML takes every pair, so there are no tuples to "
                 f"mine, got {type(indices_tuple).__name__}"
             )
+        self._check_proxies()
         _check_cloud(embeddings, labels, "embeddings", "labels", "B")
-        if embeddings.shape[1] != self.embedding_size:
-            raise ValueError(
-                f"embeddings must be [B, {self.embedding_size}], got {list(embeddings.shape)}"
-            )
-        if embeddings.device != self.proxies.device:
-            raise ValueError(
-                f"embeddings must be on the device of the proxies, {self.proxies.device}, "
-                f"got {embeddings.device}: move the loss with .to({str(embeddings.device)!r})"
-            )
+        self._check_place(embeddings)
         if (ref_emb is None) != (ref_labels is None):
             raise ValueError("ref_emb and ref_labels go together, but only one of them was given")
         if ref_emb is not None and ref_labels is not None:
@@ -246,6 +239,32 @@ class PFMLLoss(nn.Module):
                     f"ref_emb must be [R, {self.embedding_size}] on {embeddings.device}, "
                     f"got {list(ref_emb.shape)} on {ref_emb.device}"
                 )
+
+    def _check_proxies(self) -> None:
+        """The sizes are attributes, which may have been changed since."""
+        sizes = (self.num_classes, self.proxies_per_class, self.embedding_size)
+        if self.proxies.shape != sizes:
+            raise ValueError(
+                "proxies must be [num_classes, proxies_per_class, embedding_size] = "
+                f"{list(sizes)}, got {list(self.proxies.shape)}: change the attributes and the "
+                "parameter together"
+            )
+        if self._ranks is not None and self._ranks.classes != self.num_classes:
+            raise ValueError(
+                "num_classes cannot change with a process_group, whose ranks share out "
+                f"{self._ranks.classes} classes, got {self.num_classes}: build a new loss"
+            )
+
+    def _check_place(self, embeddings: Tensor) -> None:
+        if embeddings.shape[1] != self.embedding_size:
+            raise ValueError(
+                f"embeddings must be [B, {self.embedding_size}], got {list(embeddings.shape)}"
+            )
+        if embeddings.device != self.proxies.device:
+            raise ValueError(
+                f"embeddings must be on the device of the proxies, {self.proxies.device}, "
+                f"got {embeddings.device}: move the loss with .to({str(embeddings.device)!r})"
+            )
 
     def _everyone(self, ranks: Ranks, embeddings: Tensor, labels: Tensor, *others: Any) -> Everyone:
         """The points of all ranks, once each has found its own in order: else nobody goes on."""
@@ -261,6 +280,32 @@ class PFMLLoss(nn.Module):
         """For copies; torch.multiprocessing would have processes share what is written in place."""
         own = {"_basis": self._basis.clone(), "_calls": self._calls.clone()}
         return self.__dict__ | own
+
+    @torch.no_grad()
+    def update_sketch(self, embeddings: Tensor) -> None:
+        """Turn the directions of the sketch a step towards the leading ones of `embeddings`.
+
+        Calls in training do this by themselves (see `prune`), except where a CUDA graph is
+        captured: its replays would turn the directions every time. Where all steps are replays,
+        call this between them, every 100 or so: it writes the directions in place, where the graph
+        reads them. It decides how much is pruned, never the result, and waits for no device.
+
+        Args:
+            embeddings: [B, D] floating point, a batch, on the device of the proxies.
+
+        Raises:
+            TypeError, ValueError: not of that dtype, shape or device.
+            RuntimeError: a CUDA graph is being captured.
+        """
+        if not isinstance(embeddings, Tensor) or not embeddings.is_floating_point():
+            got = embeddings.dtype if isinstance(embeddings, Tensor) else type(embeddings).__name__
+            raise TypeError(f"embeddings must be a floating-point tensor, got {got}")
+        if embeddings.dim() != 2:
+            raise ValueError(f"embeddings must be [B, D], got {list(embeddings.shape)}")
+        self._check_place(embeddings)
+        if embeddings.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("update_sketch belongs between replays, not in a captured graph")
+        turn_now(self._basis_on(embeddings.device), embeddings, self.normalize)
 
     @property
     def last_stats(self) -> dict[str, Tensor] | None:
@@ -294,6 +339,8 @@ class PFMLLoss(nn.Module):
         Embeddings of a network lie in few directions, all near each other in most others, and
         proxies in all: so it is the embeddings that the sketch has to tell apart, and that turn it.
         """
+        if self._basis.shape[0] != self.embedding_size:  # which was changed
+            self._basis = random_basis(self.embedding_size, device).clone()
         if device.type == "meta":
             return self._basis.to(device)
         if self._basis.device != device:
@@ -304,13 +351,14 @@ class PFMLLoss(nn.Module):
     def _labels_of_proxies(self) -> Tensor:
         """[C M] int64, where the proxies are. No buffer: to_empty() would leave it unfilled."""
         labels, device = self._proxy_labels, self.proxies.device
-        if labels is None or labels.device != device:
-            own = range(self.num_classes) if self._ranks is None else self._ranks.own_classes
+        own = range(self.num_classes) if self._ranks is None else self._ranks.own_classes
+        shape = len(own), self.proxies_per_class
+        if labels is None or labels.shape != shape or labels.device != device:
             classes = torch.arange(own.start, own.stop, device=device)
-            labels = classes.repeat_interleave(self.proxies_per_class)
+            labels = classes[:, None].repeat(1, shape[1])
             if not torch.compiler.is_compiling():  # a graph makes them anew
                 self._proxy_labels = labels
-        return labels
+        return labels.flatten()
 
     def param_groups(
         self, lr: float, proxy_lr_mult: float = 100.0, weight_decay: float = 0.0

@@ -353,12 +353,17 @@ def _turn_basis(basis: Tensor, calls: Tensor, points: Tensor, unit: bool) -> Non
     so_far = int(calls)
     calls += 1
     if so_far % _TURN_EVERY == 0 or (so_far < _TURN_EVERY and so_far & (so_far - 1) == 0):
-        # Whatever the ambient autocast dtype is.
-        with torch.no_grad(), torch.autocast(points.device.type, enabled=False):
-            points = points.detach().float()
-            if unit:
-                points = torch.nn.functional.normalize(points, dim=1)
-            basis.copy_(turned_basis(basis, points))
+        turn_now(basis, points, unit)
+
+
+def turn_now(basis: Tensor, points: Tensor, unit: bool) -> None:
+    """Turn the basis towards the points, in place; see `_turn_basis`."""
+    # Whatever the ambient autocast dtype is.
+    with torch.no_grad(), torch.autocast(points.device.type, enabled=False):
+        points = points.detach().float()
+        if unit:
+            points = torch.nn.functional.normalize(points, dim=1)
+        basis.copy_(turned_basis(basis, points))
 
 
 def turn_basis(basis: Tensor, calls: Tensor, points: Tensor, unit: bool) -> None:

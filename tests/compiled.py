@@ -137,19 +137,26 @@ def emulator() -> Any:
 
 
 def emulate(
-    function: str, arguments: tuple[Any, ...], options: dict[str, Any], memory: Any = None
+    arch: str,
+    function: str,
+    arguments: tuple[Any, ...],
+    options: dict[str, Any],
+    memory: Any = None,
 ) -> Any:
-    """Call a function with compiled sm_80 code executed on the CPU.
+    """Call a function with the code compiled for `arch` executed on the CPU.
 
-    Races, out-of-bounds accesses and reads of shared memory that was never written are errors.
+    Races, out-of-bounds accesses and reads of shared memory that was never written are errors; so
+    is an operand of wgmma that changes before the wait that covers it.
 
     Args:
+        arch: "sm_80" or "sm_90", with the tile shapes that ship for it.
         function: "gather", that of pfml_triton.kernels.launch, "terms_of" (tests.clouds) or
             "loss_and_gradients".
         memory: contiguous, of which an argument that is not is a view from its beginning.
     """
     from bench import aot
-    from pfml_triton.kernels import launch
+    from pfml_triton.kernels import launch, tuning
+    from pfml_triton.kernels.config import tiles_for
     from tests.clouds import terms_of
 
     functions = {
@@ -163,15 +170,28 @@ def emulate(
             memory if hasattr(arg, "is_contiguous") and not arg.is_contiguous() else arg
             for arg in made.runtime_args()
         ]
-        result = emulator().run(made.compile("sm_80"), made.grid, given, detect_races=True)
+        try:
+            result = emulator().run(
+                made.compile(arch), made.grid, given, detect_races=True, check_proxy_fences=True
+            )
+        except emulator().PTXError as error:  # of a module that only this process knows
+            kind = type(error).__name__
+            raise AssertionError(f"{made.kernel.__name__}: {kind}: {error}") from None
         assert not result.uninit_reads, result.uninit_reads
 
-    with mock.patch.object(launch, "obstacle", return_value=None), aot.record(execute):
+    def tiles_of(depth: int, points: int, **_: bool) -> Any:
+        return tiles_for(depth, points, hopper=arch == "sm_90")
+
+    with (
+        mock.patch.object(launch, "obstacle", return_value=None),
+        mock.patch.object(tuning, "tiles_for", tiles_of),
+        aot.record(execute),
+    ):
         return functions[function](*arguments, **options)
 
 
 def emulate_far_apart(
-    path: str, points: Any, labels: Any, stride: int, options: dict[str, Any]
+    arch: str, path: str, points: Any, labels: Any, stride: int, options: dict[str, Any]
 ) -> Any:
     """`emulate` of terms_of, for points whose rows lie `stride` entries apart in a file with holes.
 
@@ -188,7 +208,7 @@ def emulate_far_apart(
     whole = torch.from_file(path, shared=True, size=size, dtype=points.dtype)
     far = whole.as_strided((n, depth), (stride, 1))
     far.copy_(points)
-    return emulate("terms_of", (far, labels, far, labels, Potential()), options, whole)
+    return emulate(arch, "terms_of", (far, labels, far, labels, Potential()), options, whole)
 
 
 def loss_and_gradients(settings: dict[str, Any], *inputs: Any) -> list[Any]:

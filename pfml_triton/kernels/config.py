@@ -18,6 +18,10 @@ from ..sketch import MAX_DEPTH, sketch_depth
 FUSED = {"enable_fp_fusion": True}  # stated, for its default differs between Tritons
 # Fixed by the bits of filter.py: an active tile, and the rows of a block of the filter.
 TILE_M, TILE_N, FILTER_M = 16, 64, 128
+# Rows of a program of the pack kernel, too few for Hopper's wgmma: that reads its operands while
+# threads go on, and they have to read them as well. Triton, through 3.9, lets the next ones
+# overwrite those of a product that is still pending.
+PACK_M = 32
 ROWS = 256  # clouds are padded to as many, for blocks of the filter of either width
 FEW = 4096  # points: tiles of them are fewer than two or three programs a multiprocessor
 MANY = 1 << 20  # points, where their number is not known

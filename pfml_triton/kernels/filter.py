@@ -16,7 +16,7 @@ def _either(a, b):
     return a | b
 
 
-@triton.jit(do_not_specialize=["blocks_y"])
+@triton.jit(do_not_specialize=["stride_near", "blocks_y"])
 def _filter_kernel(
     left_ptr,  # [P, K] bfloat16, left factors of the points that are acted on
     right_ptr,  # [Q, K] bfloat16, right factors of those that act

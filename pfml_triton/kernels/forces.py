@@ -77,7 +77,7 @@ def _difference(x_row, y, d, D, PADDED: tl.constexpr, real: tl.constexpr):
     return _at(x_row, d, D, PADDED).to(real) - y.to(real)
 
 
-@triton.jit(do_not_specialize=["N", "M", "tiles_x", "tiles_y", "steps"])
+@triton.jit(do_not_specialize=["stride_near", "N", "M", "tiles_x", "tiles_y", "steps"])
 def _force_kernel(
     x_ptr,  # [N, D], the points that are acted on, as the caller has them
     x_order_ptr,  # [N] int64, which of them comes in which row
@@ -233,9 +233,13 @@ def _force_kernel(
             for turn in range(tl.max(tl.sum(waiting, 1), 0)):
                 column = tl.min(tl.where(waiting != 0, in_y[None, :], BLOCK_N), 1)
                 waiting = tl.where(in_y[None, :] == column[:, None], 0, waiting)
+                # From here on in the layout of the points, whatever that of the product is: else
+                # every slice of a difference would be converted to it, through shared memory.
+                column = tl.gather(column, in_x, 0)
                 taken = column < BLOCK_N
                 chosen = tile_y * BLOCK_N + tl.where(taken, column, 0)
                 y_row = y_ptr + tl.load(y_order_ptr + chosen) * stride_yn
+                # Fused as it says, so that with and without the gradient the sums are the same bits.
                 squares = tl.zeros((BLOCK_M, BLOCK_D), real)
                 differences = ()
                 if WHOLE:  # one look at the points does for distance and gradient
@@ -244,13 +248,13 @@ def _force_kernel(
                         ys = ys + (_at(y_row, i * BLOCK_D + d, D, PADDED),)
                     for i in tl.static_range(SLICES):
                         difference = _difference(x_row, ys[i], i * BLOCK_D + d, D, PADDED, real)
-                        squares += difference * difference
+                        squares = tl.fma(difference, difference, squares)
                         differences = differences + (difference,)
                 else:
                     for start in range(0, depth, BLOCK_D):
                         y = _at(y_row, start + d, D, PADDED)
                         difference = _difference(x_row, y, start + d, D, PADDED, real)
-                        squares += difference * difference
+                        squares = tl.fma(difference, difference, squares)
                 d2 = tl.sum(squares, 1)
                 chosen_label = tl.load(y_label_ptr + chosen)
                 attracts = taken & (x_label == chosen_label) & (d2 >= att_sq_radius)
@@ -260,7 +264,7 @@ def _force_kernel(
                 nearest = tl.where(repels, tl.minimum(nearest, d2), nearest)
                 clipped = tl.maximum(d2, core_sq_radius)
                 phi, stiffness = _phi_and_stiffness(clipped, alpha, residue, ALPHA, IS_INTEGER)
-                repulsion = phi + 0.5 * stiffness * (clipped - d2)
+                repulsion = tl.fma(0.5 * stiffness, clipped - d2, phi)
                 tile_energy += tl.where(attracts, -phi, tl.where(repels, repulsion, 0.0))
                 if NEEDS_GRAD:
                     weight = tl.where(attracts, stiffness, tl.where(repels, -stiffness, 0.0))

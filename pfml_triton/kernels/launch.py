@@ -18,7 +18,7 @@ from torch import Tensor
 from ..potential import TOTALS, FieldTerms, Potential, Split
 from ..sketch import LIFT, REACH, SLACK, accumulation, sketch_depth
 from . import tuning
-from .config import FILTER_M, FUSED, ROWS, TILE_M, TILE_N, Tiles, padded_depth
+from .config import FILTER_M, FUSED, PACK_M, ROWS, TILE_M, TILE_N, Tiles, padded_depth
 from .filter import _filter_kernel
 from .forces import _force_kernel
 from .pack import _pack_kernel, _pull_back_kernel
@@ -107,8 +107,10 @@ def gather(
         tiles = tuning.tiles_here(x, n, dtype, labels, potential, rest, unit, basis)
     points = x = x if x.stride(1) == 1 else x.contiguous()
     if rest is None:
+        assert n == b, (n, b)  # or the kernels would read beyond the points
         rest = x
     else:
+        assert n == b + rest.shape[0], (n, b, rest.shape)
         rest = rest if rest.stride(1) == 1 else rest.contiguous()
     rows, depth = _cdiv(n, ROWS) * ROWS, padded_depth(dim)
     if is_placed:
@@ -130,15 +132,15 @@ def gather(
         last_label = labels.new_empty(rows // TILE_N)
         sketched = 0 if basis is None else rows
         left, right = (x.new_empty(sketched, k, dtype=coarse_dtype) for _ in range(2))
-        _pack_kernel[(rows // TILE_N,)](
+        _pack_kernel[(rows // PACK_M,)](
             x, rest, points, sq_norm if inverse is None else inverse,
             order, sorted_labels, coarse, sq_norm, radius, first_label, last_label,
             coarse if basis is None else basis, left, right,
             x.stride(0), rest.stride(0), b, n, dim, depth,
             REACH * potential.repulsion_radius, accumulation(dim), SLACK,
             PLACED=is_placed, UNIT=unit, SKETCHED=basis is not None, WIDTH=width, K=k,
-            BLOCK_M=TILE_N, BLOCK_D=min(depth, 32), num_warps=tiles.pack_warps, num_stages=3,
-            **FUSED,
+            TILE=TILE_N, BLOCK_M=PACK_M, BLOCK_D=min(depth, 64),
+            num_warps=tiles.pack_warps, num_stages=3, **FUSED,
         )  # fmt: skip
     return Cloud(
         points, inverse, order, sorted_labels, coarse, sq_norm, radius, first_label, last_label,

@@ -43,8 +43,8 @@ def _pack_kernel(
     coarse_ptr,  # [P, depth] out: the points in that order, bfloat16, zero where there are none
     sq_norm_ptr,  # [P] out: |coarse|^2; NaN in padded rows
     radius_ptr,  # [P] out: an upper bound of |point - coarse|
-    first_label_ptr,  # [P / BLOCK_M] out: the label of a tile's first row
-    last_label_ptr,  # [P / BLOCK_M] out: that of its last point
+    first_label_ptr,  # [P / TILE] out: the label of a tile's first row
+    last_label_ptr,  # [P / TILE] out: that of its last point
     basis_ptr,  # [D, WIDTH] bfloat16, Q of sketch.py
     left_ptr,  # [P, K] bfloat16 out: sketch and lift, as the left factor of the test
     right_ptr,  # [P, K] bfloat16 out: the same as the right factor
@@ -62,11 +62,12 @@ def _pack_kernel(
     SKETCHED: tl.constexpr,
     WIDTH: tl.constexpr,
     K: tl.constexpr,
+    TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    tile = tl.program_id(0)
-    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    block = tl.program_id(0)
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.arange(0, K)
     real: tl.constexpr = sq_norm_ptr.dtype.element_ty
     coarse_type: tl.constexpr = coarse_ptr.dtype.element_ty
@@ -118,10 +119,11 @@ def _pack_kernel(
     # The square root takes what is below 2^-126 for 0.
     radius = tl.sqrt(tl.maximum(tl.sum(sq_error, 1), 1.2e-38)) * 1.001
     tl.store(radius_ptr + rows, radius)
-    last = tl.minimum(tile * BLOCK_M + BLOCK_M, N) - 1
-    if tile * BLOCK_M < N:
-        tl.store(first_label_ptr + tile, tl.load(label_ptr + tile * BLOCK_M))
-        tl.store(last_label_ptr + tile, tl.load(label_ptr + last))
+    first = block * BLOCK_M
+    if first % TILE == 0 and first < N:
+        last = tl.minimum(first + TILE, N) - 1
+        tl.store(first_label_ptr + first // TILE, tl.load(label_ptr + first))
+        tl.store(last_label_ptr + first // TILE, tl.load(label_ptr + last))
 
     # As in sketch.py, except where |s~|^2 overflows: then so does 4 |x|^2, and the loss is NaN.
     if SKETCHED:
@@ -156,7 +158,7 @@ def _pull_back_kernel(
     B,
     N,
     D,
-    pairs,  # that the energy is divided by
+    pairs: tl.int64,  # that the energy is divided by
     TWICE: tl.constexpr,  # is the gradient that of half the energy?
     UNIT: tl.constexpr,
     NEEDS_X: tl.constexpr,

@@ -37,7 +37,7 @@ def _active_tiles(
     return (exists & (is_near | shares_label)).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["N", "tiles_y"])
+@triton.jit(do_not_specialize=["stride_near", "N", "tiles_y"])
 def _count_kernel(
     x_label_ptr,  # [N] int64
     near_ptr,  # [P / 16, Q / 128] uint8

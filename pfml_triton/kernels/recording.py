@@ -79,7 +79,8 @@ class Launch:
                 signature[parameter.name] = "*" + _TYPES[value.dtype]
                 specialised = backend.get_tensor_specialization(value, align=True)
             elif isinstance(value, int):
-                signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+                size = "i32" if abs(value) < 2**31 else "i64"
+                signature[parameter.name] = parameter.annotation_type or size
                 if not parameter.do_not_specialize:
                     specialised = backend.get_int_specialization(value, align=True)
             else:

@@ -34,8 +34,8 @@ def _total_kernel(
     N,
     M,
     tiles_x,
-    tiles,  # of pairs
-    pairs,  # that the energy is divided by
+    tiles: tl.int64,  # of pairs
+    pairs: tl.int64,  # that the energy is divided by
     att_high,  # psi of a saturated pair of one class
     att_low,
     rep_high,  # of two classes

@@ -1,4 +1,4 @@
-"""The compiled sm_80 code of every kernel, executed instruction by instruction on the CPU.
+"""The compiled code of every kernel, for sm_80 and sm_90, executed by instructions on the CPU.
 
 The emulator is a tool beside the project: PFML_PTX_EMULATOR names its file, and without it these
 tests are skipped.
@@ -31,6 +31,7 @@ from tests.compiled import emulate, emulate_far_apart, loss_and_gradients
 pytestmark = [
     pytest.mark.emulated,
     pytest.mark.skipif("PFML_PTX_EMULATOR" not in os.environ, reason="no PFML_PTX_EMULATOR"),
+    pytest.mark.parametrize("arch", ["sm_80", "sm_90"]),
 ]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -50,7 +51,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
     ],
 )
 def test_forces(
-    compiler: ProcessPoolExecutor, dtype: torch.dtype, kind: str, n: int, depth: int, alpha: float
+    compiler: ProcessPoolExecutor,
+    arch: str,
+    dtype: torch.dtype,
+    kind: str,
+    n: int,
+    depth: int,
+    alpha: float,
 ) -> None:
     x, labels = cloud(kind, n, depth, 4, dtype)
     arguments = (x, labels, x, labels, Potential(alpha, 0.2, 0.3))
@@ -58,7 +65,7 @@ def test_forces(
     true = terms_of(torch_backend, wide, labels, wide, labels, arguments[-1], needs_grad=True)
     results = [
         compiler.submit(
-            emulate, "terms_of", arguments, {"needs_grad": needs_grad, "basis": basis(x)}
+            emulate, arch, "terms_of", arguments, {"needs_grad": needs_grad, "basis": basis(x)}
         )
         for needs_grad in (True, False)
     ]
@@ -68,20 +75,22 @@ def test_forces(
     assert_same_without_grad(alone, terms)
 
 
-def test_compiled_offsets_beyond_32_bits(compiler: ProcessPoolExecutor, tmp_path: Path) -> None:
+def test_compiled_offsets_beyond_32_bits(
+    compiler: ProcessPoolExecutor, arch: str, tmp_path: Path
+) -> None:
     """Rows gigabytes apart, read by the code that a GPU would run: as those of a copy."""
     x, labels = cloud("collisions", 8, 64, 3, torch.float32)
     options = {"needs_grad": True, "basis": basis(x)}
     stride = ((1 << 31) // 3 + 8) // 16 * 16  # entries
-    far = compiler.submit(emulate_far_apart, str(tmp_path / "x"), x, labels, stride, options)
-    near = compiler.submit(emulate, "terms_of", (x, labels, x, labels, Potential()), options)
+    far = compiler.submit(emulate_far_apart, arch, str(tmp_path / "x"), x, labels, stride, options)
+    near = compiler.submit(emulate, arch, "terms_of", (x, labels, x, labels, Potential()), options)
     assert near.result().repelling.any()
     for ours, expected in zip(far.result()[:-1], near.result()[:-1], strict=True):
         assert torch.equal(ours, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_two_clouds(compiler: ProcessPoolExecutor, dtype: torch.dtype) -> None:
+def test_two_clouds(compiler: ProcessPoolExecutor, arch: str, dtype: torch.dtype) -> None:
     x, x_labels = cloud("clusters", 45, 96, 3, dtype)
     y, y_labels = cloud("collisions", 130, 96, 5, dtype)
     y[:10] = x[:10]  # a query on a source: d = 0
@@ -91,15 +100,15 @@ def test_two_clouds(compiler: ProcessPoolExecutor, dtype: torch.dtype) -> None:
         needs_grad=True,
     )  # fmt: skip
     ours = compiler.submit(
-        emulate, "terms_of", arguments, {"needs_grad": True, "basis": basis(x)}
+        emulate, arch, "terms_of", arguments, {"needs_grad": True, "basis": basis(x)}
     ).result()
     assert_terms_near(ours, true, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("filter_n", [128, 256])
+@pytest.mark.parametrize(("filter_n", "strip"), [(128, 1), (128, 8), (256, 8)])
 def test_filter_and_long_lists(
-    compiler: ProcessPoolExecutor, dtype: torch.dtype, filter_n: int
+    compiler: ProcessPoolExecutor, arch: str, dtype: torch.dtype, filter_n: int, strip: int
 ) -> None:
     """One point near all others, lists shared out over extra programs, blocks above the diagonal
     and mirrored ones, padded tails; and the same pairs with every tile taken."""
@@ -107,7 +116,7 @@ def test_filter_and_long_lists(
     x[7] *= 0
     x[labels == labels[7]] *= 0.05
     tiles = dataclasses.replace(
-        tiles_for(80), filter_n=filter_n, filter_strip=1, chunk=2,
+        tiles_for(80, hopper=arch == "sm_90"), filter_n=filter_n, filter_strip=strip, chunk=2,
         long_list=1, least_budget=1, extra_programs=9,
     )  # fmt: skip
     wide = x.double()
@@ -116,6 +125,7 @@ def test_filter_and_long_lists(
     results = [
         compiler.submit(
             emulate,
+            arch,
             "terms_of",
             (x, labels, x, labels, p),
             {"needs_grad": True, "basis": q, "tiles": tiles},
@@ -133,7 +143,9 @@ def test_filter_and_long_lists(
 @pytest.mark.parametrize(
     "settings", [{}, {"normalize": False, "reduction": "mean", "prune": False}], ids=str
 )
-def test_loss(compiler: ProcessPoolExecutor, dtype: torch.dtype, settings: dict[str, Any]) -> None:
+def test_loss(
+    compiler: ProcessPoolExecutor, arch: str, dtype: torch.dtype, settings: dict[str, Any]
+) -> None:
     """From embeddings and proxies to the value, the stats and the gradients, with a memory bank."""
     g = torch.Generator().manual_seed(4)
     x, bank = torch.randn(23, 70, generator=g), torch.randn(37, 70, generator=g)
@@ -142,7 +154,7 @@ def test_loss(compiler: ProcessPoolExecutor, dtype: torch.dtype, settings: dict[
     sizes = {"num_classes": 9, "embedding_size": 70, "proxies_per_class": 2, "delta_rep": 1.1}
     inputs = (x.to(dtype), labels, bank.to(dtype), bank_labels)
     ours = compiler.submit(
-        emulate, "loss_and_gradients", (sizes | settings | {"backend": "triton"}, *inputs), {}
+        emulate, arch, "loss_and_gradients", (sizes | settings | {"backend": "triton"}, *inputs), {}
     ).result()
     wide = (t.double() if t.is_floating_point() else t for t in inputs)
     true = loss_and_gradients(sizes | settings | {"backend": "torch"}, *wide)
@@ -153,12 +165,12 @@ def test_loss(compiler: ProcessPoolExecutor, dtype: torch.dtype, settings: dict[
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_pack(compiler: ProcessPoolExecutor, dtype: torch.dtype) -> None:
+def test_pack(compiler: ProcessPoolExecutor, arch: str, dtype: torch.dtype) -> None:
     """Compiled code rounds to the nearest bfloat16, and the radius bounds the rest; the sketches
     are those of the torch backend to within what both allow for."""
     x, labels = cloud("wide_norms", 37, 70, 4, dtype)
     packed = compiler.submit(
-        emulate, "gather", (x, labels, Potential()), {"basis": basis(x)}
+        emulate, arch, "gather", (x, labels, Potential()), {"basis": basis(x)}
     ).result()
     ordered = x[packed.order[:37]]
     assert torch.equal(packed.coarse[:37, :70], ordered.bfloat16())
