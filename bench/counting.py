@@ -49,7 +49,7 @@ def record_step(
     loss = PFMLLoss(size.classes, size.depth, size.proxies, backend="triton").to("meta").eval()
     x = torch.empty(size.batch, size.depth, dtype=dtype, device="meta", requires_grad=True)
     labels = torch.empty(size.batch, dtype=torch.int64, device="meta")
-    tiles = tiles_for(size.depth, size.n, hopper=arch == "sm_90")
+    tiles = tiles_for(size.depth, size.n, arch)
     with (
         mock.patch.object(launch, "obstacle", return_value=None),
         mock.patch.object(torch, "autocast", return_value=nullcontext()),  # not for meta

@@ -182,9 +182,8 @@ def _ranked(
         for bucket in buckets:
             cloud = Cloud(bucket, settings.seed)
             call, work = cloud.call("meta"), cloud.work()
-            hopper = settings.arch == "sm_90"
             points = tuning.points_bucket(bucket.size.n)
-            shipped = tiles_for(bucket.size.depth, points, hopper=hopper)
+            shipped = tiles_for(bucket.size.depth, points, settings.arch)
             for kernel in search.KERNELS:
                 configs = search.space(kernel, shipped, padded_depth(bucket.size.depth))
                 task = progress.add_task(f"{kernel}: {bucket}", total=len(configs))

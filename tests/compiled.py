@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import cache, partial
 from pathlib import Path
@@ -26,7 +27,42 @@ _read: dict[str, Any] = {}  # machine code that this process has looked at, by h
 
 
 def machine_code(shape: Shape, alpha: float = 3.0) -> dict[str, Any]:
-    """Compile every kernel that a loss of this shape launches: name -> bench.aot.MachineCode."""
+    """Every kernel that a loss of this shape launches: name -> bench.aot.MachineCode."""
+    from bench import aot
+
+    codes = {}
+    for name, compiled in kernels(shape, alpha):
+        if compiled.hash not in _read:
+            _read[compiled.hash] = aot.inspect(compiled)
+        codes[name] = _read[compiled.hash]
+    return codes
+
+
+def ptx_of(shape: Shape) -> dict[str, str]:
+    """The PTX of the same kernels."""
+    return {name: compiled.asm["ptx"] for name, compiled in kernels(shape)}
+
+
+def barriers_in_turns(shape: Shape) -> dict[str, int]:
+    """The barriers that every turn of the forces waits at, by kernel with a gradient."""
+    from bench import aot
+
+    found = {}
+    for name, compiled in kernels(shape):
+        if name.startswith("_force_kernel") and "grad=True" in name:
+            code = aot.code(compiled)
+            inverse = [loop for loop in code.root.walk() if "MUFU" in _names(code.own(loop))]
+            (turns,) = (loop for loop in inverse if loop is not code.root)
+            found[name] = _names(code.own(turns)).count("BAR")
+    return found
+
+
+def _names(instructions: list[Any]) -> list[str]:
+    return [instruction.name for instruction in instructions]
+
+
+def kernels(shape: Shape, alpha: float = 3.0) -> Iterator[tuple[str, Any]]:
+    """Compile what a loss of this shape launches, each kernel once, under a name that says how."""
     import torch
 
     from bench import aot
@@ -40,14 +76,14 @@ def machine_code(shape: Shape, alpha: float = 3.0) -> dict[str, Any]:
     # Of other dtypes, points only load in another way: with a gradient there is more of everything.
     variants = [v for v in VARIANTS if dtype == "float32" or v[2]]
     basis = random_basis(depth, torch.device("cpu")).to("meta")
-    potential, codes, hashes = Potential(alpha), {}, set()
+    potential, hashes = Potential(alpha), set()
     for n, is_placed, needs_grad in variants:
         points = torch.empty(n, depth, dtype=getattr(torch, dtype), device="meta")
         rest = None
         if is_placed:
             points, rest = points[:100], points[100:].float()
         labels = torch.empty(n, dtype=torch.int64, device="meta")
-        tiles = tiles_for(depth, n, hip=arch.startswith("gfx"), hopper=arch == "sm_90")
+        tiles = tiles_for(depth, n, arch)
         with aot.record() as launches:
             cloud = launch.gather(
                 points, labels, potential, rest=rest, unit=is_placed, basis=basis, tiles=tiles
@@ -64,11 +100,8 @@ def machine_code(shape: Shape, alpha: float = 3.0) -> dict[str, Any]:
             compiled = made.compile(arch)
             if compiled.hash not in hashes:
                 hashes.add(compiled.hash)
-                if compiled.hash not in _read:
-                    _read[compiled.hash] = aot.inspect(compiled)
                 how = f"(N={n}, placed={is_placed}, grad={needs_grad}, alpha={alpha:g})"
-                codes[made.kernel.__name__ + how] = _read[compiled.hash]
-    return codes
+                yield made.kernel.__name__ + how, compiled
 
 
 def synchronisations(call: str) -> int:
@@ -179,8 +212,8 @@ def emulate(
             raise AssertionError(f"{made.kernel.__name__}: {kind}: {error}") from None
         assert not result.uninit_reads, result.uninit_reads
 
-    def tiles_of(depth: int, points: int, **_: bool) -> Any:
-        return tiles_for(depth, points, hopper=arch == "sm_90")
+    def tiles_of(depth: int, points: int, _: str) -> Any:
+        return tiles_for(depth, points, arch)
 
     with (
         mock.patch.object(launch, "obstacle", return_value=None),

@@ -100,7 +100,7 @@ def test_the_filter_kernel_drops_no_repelling_pair(
     kind: str, n: int, depth: int, classes: int, seed: int, potential: Potential, wide: bool
 ) -> None:
     x, labels = cloud(kind, n, depth, classes, torch.float32, seed)
-    tiles = tiles_for(depth, hopper=wide)
+    tiles = tiles_for(depth, arch="sm_90" if wide else "sm_80")
     packed = launch.gather(x, labels, potential, basis=basis(x), tiles=tiles)
     near = launch.near_tiles(packed, packed)
     bits = (near[:, :, None] >> torch.arange(8)) & 1

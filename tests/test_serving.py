@@ -475,7 +475,7 @@ def compiled_tiles(arch: str, dtype: str, depth: int) -> list[str]:
         }
 
     for n in (1600, 5000):
-        shipped = tiles_for(depth, n, hip=arch.startswith("gfx"), hopper=arch == "sm_90")
+        shipped = tiles_for(depth, n, arch)
         before = compiled(n, shipped)
         for tiles in smaller_tiles(shipped):
             codes = compiled(n, tiles)
@@ -514,6 +514,6 @@ def test_smaller_tiles_are_valid_at_every_depth(hip: bool) -> None:
 
     for depth in (*range(1, 1100), 2048, 16_000):
         for points in (FEW, 4 * FEW):
-            for tiles in smaller_tiles(tiles_for(depth, points, hip=hip, hopper=not hip)):
+            for tiles in smaller_tiles(tiles_for(depth, points, "gfx942" if hip else "sm_90")):
                 fields = tuning.tuned_fields(tiles)
                 assert tuning.fields_fault(fields, padded_depth(depth)) is None, (depth, tiles)

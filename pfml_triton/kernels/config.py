@@ -9,6 +9,7 @@ tests/kernels/test_compile.py every entry compiles without a spill inside a loop
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 import triton
@@ -25,7 +26,11 @@ PACK_M = 32
 ROWS = 256  # clouds are padded to as many, for blocks of the filter of either width
 FEW = 4096  # points: tiles of them are fewer than two or three programs a multiprocessor
 MANY = 1 << 20  # points, where their number is not known
-OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
+_VERSION = tuple(map(int, re.findall(r"\d+", triton.__version__)[:3]))
+OLD = _VERSION < (3, 9)
+# No fence between cp.async and the products that read shared memory by the asynchronous proxy
+# (triton-lang/triton#9610, #10537). What is not prefetched comes with one.
+FENCELESS = _VERSION < (3, 7, 1)
 MAX_SLICES = 4  # of 128; with eight the gradients no longer fit the registers of sm_80
 
 
@@ -71,28 +76,33 @@ def padded_depth(depth: int) -> int:
     return -(-depth // 128) * 128
 
 
-def tiles_for(depth: int, points: int = MANY, *, hip: bool = False, hopper: bool = False) -> Tiles:
-    """The tile shapes for `points` points, that are acted on, of `depth` dimensions.
+def tiles_for(depth: int, points: int = MANY, arch: str = "sm_80") -> Tiles:
+    """The tile shapes for `points` points, that are acted on, of `depth` dimensions, on `arch`,
+    "sm_90" or "gfx942", say.
 
     A depth that is whole (16, 32, 64, 128, 256 or 384) fits 128 threads a program, of which two or
     three share a multiprocessor: one waits for memory while another computes (from 128 on that
     takes Triton 3.9, for older ones keep more registers alive). From 512 on, and where a depth is
     padded, so that masks and second looks want registers, that would spill; a program has 256
-    threads then, 8 warps of 32 on NVIDIA or 4 of 64 on AMD (`hip`). So it has from 256 on where
+    threads then, 8 warps of 32 on NVIDIA or 4 of 64 on AMD. So it has from 256 on where
     points are few, and a program has a multiprocessor to itself. Beyond 512 the slices are shared
     out evenly over programs, each of which nominates again.
 
     Left alone, NVIDIA's assembler spills inside loops to reach the next step of occupancy; a stated
     limit stops that.
 
-    The filter holds 128 numbers of its product a thread of NVIDIA's. On Hopper (`hopper`) its
+    The filter holds 128 numbers of its product a thread of NVIDIA's. On Hopper its
     instructions are at their best 256 columns wide, and the compiler takes the two halves of the
     128 rows in turn. Two programs share a multiprocessor, so that one multiplies while the other
     takes maxima. Where points are few, so are blocks: each has its own program, and is small.
+    Hopper and the Blackwell of data centres read its operands by the asynchronous proxy, so that
+    with a Triton that leaves out the fence nothing is prefetched there.
     """
     padded = padded_depth(depth)
     registers: int | None
     few = points <= FEW
+    hip, hopper = arch.startswith("gfx"), arch == "sm_90"
+    by_proxy = arch[:-1] in ("sm_9", "sm_10", "sm_11")
     is_whole = depth == padded and not hip
     if is_whole and padded <= (64 if OLD else 128 if few else 384):
         block_d = min(padded, 32)
@@ -117,7 +127,7 @@ def tiles_for(depth: int, points: int = MANY, *, hip: bool = False, hopper: bool
         max_registers=registers,
         filter_n=256 if hopper and not few else 128,
         filter_warps=8 if few and sketch_depth(depth) == MAX_DEPTH and not hip else 4,
-        filter_stages=2 if few and hopper else 3,
+        filter_stages=1 if by_proxy and FENCELESS else 2 if few and hopper else 3,
         filter_strip=1 if few else 8,
         chunk=chunk,
     )

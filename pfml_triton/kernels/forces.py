@@ -239,7 +239,7 @@ def _force_kernel(
                 taken = column < BLOCK_N
                 chosen = tile_y * BLOCK_N + tl.where(taken, column, 0)
                 y_row = y_ptr + tl.load(y_order_ptr + chosen) * stride_yn
-                # Fused as it says, so that with and without the gradient the sums are the same bits.
+                # Fused explicitly: the same bits with and without the gradient.
                 squares = tl.zeros((BLOCK_M, BLOCK_D), real)
                 differences = ()
                 if WHOLE:  # one look at the points does for distance and gradient

@@ -102,7 +102,7 @@ def space(kernel: str, shipped: Tiles, depth: int) -> list[triton.Config]:
     if kernel == "_filter_kernel":
         changes += (
             {"filter_n": n, "filter_warps": warps, "filter_stages": stages}
-            for n, warps, stages in product((128, 256), (4, 8), (2, 3))
+            for n, warps, stages in product((128, 256), (4, 8), _filter_stages(shipped))
         )
     elif kernel == "_force_kernel":
         changes += (
@@ -133,7 +133,7 @@ def _neighbours(kernel: str, shipped: Tiles) -> Iterable[dict[str, Any]]:
     if kernel == "_filter_kernel":
         return [
             *({"filter_strip": strip} for strip in (1, 2, 4, 8)),
-            *({"filter_stages": stages} for stages in (2, 3)),
+            *({"filter_stages": stages} for stages in _filter_stages(shipped)),
             {"filter_n": 128},
             {"filter_warps": 8},
         ]
@@ -143,6 +143,11 @@ def _neighbours(kernel: str, shipped: Tiles) -> Iterable[dict[str, Any]]:
         *({"block_k": k} for k in (32, 64, 128)),
         *({"chunk": chunk} for chunk in (128, 256, 512, 1024)),
     ]
+
+
+def _filter_stages(shipped: Tiles) -> tuple[int, ...]:
+    """Where the shipped filter does not prefetch, it must not (`config.FENCELESS`)."""
+    return (2, 3) if shipped.filter_stages > 1 else (1,)
 
 
 def _occupancies(shipped: Tiles) -> list[dict[str, Any]]:

@@ -181,9 +181,12 @@ def key_of(device: str, dtype: torch.dtype, depth: int, n: int) -> Key:
 
 def shipped_tiles(x: Tensor, points: int) -> Tiles:
     """What the table has for `points` points like `x` [B, D], on their device."""
-    hip = torch.version.hip is not None
-    hopper = x.is_cuda and not hip and torch.cuda.get_device_capability(x.device)[0] == 9
-    return tiles_for(x.shape[1], points_bucket(points), hip=hip, hopper=hopper)
+    arch = "sm_80"
+    if torch.version.hip is not None:
+        arch = "gfx"
+    elif x.is_cuda:
+        arch = "sm_{}{}".format(*torch.cuda.get_device_capability(x.device))
+    return tiles_for(x.shape[1], points_bucket(points), arch)
 
 
 def device_name(x: Tensor) -> str | None:

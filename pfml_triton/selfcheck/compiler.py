@@ -31,7 +31,7 @@ def check(log: Log) -> None:
     x = torch.empty(POINTS, DEPTH, device="meta")
     labels = torch.empty(POINTS, dtype=torch.int64, device="meta")
     basis = random_basis(DEPTH, torch.device("cpu")).to("meta")
-    tiles = tiles_for(DEPTH, POINTS, hip=arch.startswith("gfx"), hopper=arch == "sm_90")
+    tiles = tiles_for(DEPTH, POINTS, arch)
     potential = truth.POTENTIAL
     with record() as launches:
         cloud = launch.gather(

@@ -36,7 +36,7 @@ def launches(arch: str, size: str = "cub") -> tuple[list[Any], Work]:
 def force_of(arch: str, tiles: dict[str, int]) -> Any:
     """The prediction of the forces of 512 dimensions with other tiles."""
     points, labels, size = make_cloud(Size(20, 300, 3), seed=0)
-    changed = replace(tiles_for(512, hopper=arch == "sm_90"), **tiles)
+    changed = replace(tiles_for(512, arch=arch), **tiles)
     with mock.patch.object(counting, "tiles_for", return_value=changed):
         made = record_step(size, arch)[0]
     work = count_work(points, labels, Potential())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 
@@ -9,8 +10,15 @@ import pytest
 
 from bench.aot import SHARED_MEMORY, spills_in_loops
 from bench.machine import Code
-from pfml_triton.kernels.config import tiles_for
-from tests.compiled import Shape, filter_bytes, machine_code, synchronisations
+from pfml_triton.kernels.config import FENCELESS, tiles_for
+from tests.compiled import (
+    Shape,
+    barriers_in_turns,
+    filter_bytes,
+    machine_code,
+    ptx_of,
+    synchronisations,
+)
 
 DEPTHS = (64, 128, 384, 512, 1024)
 KINDS = ("sm_80", "sm_86", "sm_90", "sm_120", "gfx942")
@@ -72,6 +80,25 @@ def test_other_exponents(compiler: ProcessPoolExecutor, alpha: float) -> None:
 @pytest.mark.parametrize("depth", [20, 500, 640])  # padded: a slice, four, two programs of three
 def test_odd_depths(compiler: ProcessPoolExecutor, depth: int) -> None:
     check(compiler, [(arch, "bfloat16", depth) for arch in KINDS])
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+def test_products_see_what_was_copied(compiler: ProcessPoolExecutor, arch: str) -> None:
+    """wgmma and tcgen05 read shared memory by the asynchronous proxy: a fence comes before, and
+    nothing is copied by cp.async where Triton leaves the fence out."""
+    for name, ptx in compiler.submit(ptx_of, (arch, "bfloat16", 512)).result().items():
+        if re.search(r"wgmma\.mma_async|tcgen05\.mma", ptx):
+            assert name.startswith("_filter"), name  # see config.PACK_M
+            assert "fence.proxy.async" in ptx, name
+            assert not (FENCELESS and re.search(r"cp\.async\.c", ptx)), name
+
+
+def test_turns_keep_one_layout(compiler: ProcessPoolExecutor) -> None:
+    """The loop over turns of the forces exchanges its column and its sums, and no gradients: each
+    of eight slices in the layout of the product is two barriers and dozens of instructions."""
+    found = compiler.submit(barriers_in_turns, ("sm_90", "float32", 512)).result()
+    assert len(found) == 2
+    assert all(barriers <= 6 for barriers in found.values()), found
 
 
 def test_384_costs_less_than_512(compiler: ProcessPoolExecutor) -> None:

@@ -116,7 +116,7 @@ def test_filter_and_long_lists(
     x[7] *= 0
     x[labels == labels[7]] *= 0.05
     tiles = dataclasses.replace(
-        tiles_for(80, hopper=arch == "sm_90"), filter_n=filter_n, filter_strip=strip, chunk=2,
+        tiles_for(80, arch=arch), filter_n=filter_n, filter_strip=strip, chunk=2,
         long_list=1, least_budget=1, extra_programs=9,
     )  # fmt: skip
     wide = x.double()

@@ -89,7 +89,7 @@ def test_exponents(alpha: float, dtype: torch.dtype) -> None:
 def test_tile_shapes_agree(n: int, depth: int, tiles: dict[str, int]) -> None:
     """Sums run in another order, in float64 here."""
     x, labels = cloud("clusters", n, depth, 1 + n // 10, torch.float64)
-    default = tiles_for(depth, hip=False)
+    default = tiles_for(depth)
     results = []
     for shape in (default, dataclasses.replace(default, **tiles)):
         energy, grad = field(x, labels, shape)
