@@ -71,7 +71,7 @@ def run(settings: HostSettings, out: Path, console: Console | None = None) -> Ro
         embeddings.grad = loss.proxies.grad = None  # as optimizer.zero_grad() leaves them
         loss(embeddings, cloud.batch_labels).backward()
 
-    with _launches_stubbed() as launched:
+    with launches_stubbed() as launched:
         step()  # compiles nothing, but fills caches
         launched.clear()
         step()
@@ -127,7 +127,7 @@ class _Driver:
 
 
 @contextmanager
-def _launches_stubbed() -> Iterator[list[str]]:
+def launches_stubbed() -> Iterator[list[str]]:
     """Let launches end where the driver would take over; the names of those that were made."""
     launched: list[str] = []
 

@@ -315,14 +315,16 @@ class PFMLLoss(nn.Module):
     @property
     def sketch_basis(self) -> Tensor:
         """See the attributes of the class."""
-        return self._basis.clone()
+        return self._basis_on(self._basis.device).clone()
 
     @sketch_basis.setter
     def sketch_basis(self, basis: Tensor) -> None:
-        if not isinstance(basis, Tensor) or basis.shape != self._basis.shape:
+        ours = self._basis_on(self._basis.device)
+        if not isinstance(basis, Tensor) or basis.shape != ours.shape:
             got = list(basis.shape) if isinstance(basis, Tensor) else type(basis).__name__
-            raise ValueError(f"sketch_basis must be {list(self._basis.shape)}, got {got}")
-        self._basis = sound_basis(basis.detach().to(self._basis.device))
+            raise ValueError(f"sketch_basis must be {list(ours.shape)}, got {got}")
+        # In place, for a captured CUDA graph goes on reading it.
+        ours.copy_(sound_basis(basis.detach().to(ours.device)))
 
     @property
     def training_calls(self) -> int:

@@ -137,6 +137,60 @@ def synchronisations(call: str) -> int:
     return len(launches)
 
 
+def compilations(calls: str) -> list[dict[str, int]]:
+    """The kernels that Triton compiles anew in each of a series of calls, by name.
+
+    Its launcher decides, as on an H100; what would be compiled is not.
+    """
+    from collections import Counter
+
+    import torch
+    from triton.runtime.jit import JITFunction
+
+    from bench.host import launches_stubbed
+    from pfml_triton import PFMLLoss, potential_energy
+    from pfml_triton.kernels import launch
+
+    kernels = {f.__name__: f for f in vars(launch).values() if isinstance(f, JITFunction)}
+    loss = PFMLLoss(100, 64, 15, reduction="mean", backend="triton")
+    wide = torch.randn(600, 80)
+
+    def embeddings(rows: int, first: int = 0) -> Any:
+        return wide[:rows, first : first + 64].detach().requires_grad_()
+
+    def labels(rows: int) -> Any:
+        return torch.arange(rows) % 100
+
+    def bank(rows: int) -> None:
+        loss(embeddings(60), labels(60), None, wide.repeat(16, 1)[:rows, :64], labels(rows))
+
+    series = {
+        # 1,501 to 2,100 points: padded to 2,048 and to other numbers of rows
+        "batches": [lambda b=b: loss(embeddings(b), labels(b)).backward() for b in range(1, 601)],
+        # rows of 80 entries that begin at another one
+        "views": [lambda o=o: loss(embeddings(60, o), labels(60)).backward() for o in range(1, 16)],
+        # a longer list, shared out, beyond 4,096 of them
+        "banks": [lambda r=r: bank(r) for r in (*range(37, 4096, 37), *range(4200, 9600, 211))],
+        # 2^31 pairs and more are counted in 64 bits
+        "points": [
+            lambda n=n: potential_energy(
+                torch.randn(n, 4), labels(n), reduction="mean", backend="triton"
+            )
+            for n in (40_000, 46_341, 70_000)
+        ],
+    }
+    found = []
+    with launches_stubbed():
+        for call in series[calls]:
+            before = {name: len(kernel.device_caches[0][0]) for name, kernel in kernels.items()}
+            call()
+            after = {name: len(kernel.device_caches[0][0]) for name, kernel in kernels.items()}
+            new = Counter(after)
+            new.subtract(before)
+            found.append({name: count for name, count in new.items() if count})
+    return found
+
+
 def filter_bytes(n: int, depth: int) -> int:
     """What the filter of `n` points writes."""
     import torch

@@ -1,21 +1,50 @@
-"""Set-up of all tests: the kernels run under Triton's interpreter, and empty buffers hold NaN."""
+"""Set-up of all tests: the kernels run under Triton's interpreter, and empty buffers hold NaN.
 
-# isort: off
-from tests import interpreter  # noqa: F401  # before anything that imports triton
-# isort: on
+With `-m gpu` they run on a GPU.
+"""
 
+import importlib
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests import compiled
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before anything imports triton, which looks for the interpreter then."""
+    if _on_gpu(config):
+        if config.args_source is pytest.Config.ArgsSource.TESTPATHS:
+            config.args = ["tests/gpu"]
+        os.environ.pop("TRITON_INTERPRET", None)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic products
+    else:
+        importlib.import_module("tests.interpreter")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """The other files want the interpreter."""
+    is_other = collection_path.suffix == ".py" and collection_path.parent.name != "gpu"
+    return True if is_other and _on_gpu(config) else None
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """One process for one GPU."""
+    return 0 if _on_gpu(config) else None
+
+
+def _on_gpu(config: pytest.Config) -> bool:
+    return bool(re.search(r"(?<!not )\bgpu\b", config.option.markexpr))
+
 
 torch.set_num_threads(1)  # the tensors are small: threads would only wait for each other
 
@@ -30,7 +59,7 @@ os.environ.pop("PFML_TRITON_AUTOTUNE", None)
 @pytest.fixture(autouse=True)
 def _poisoned_buffers() -> Iterator[None]:
     """torch.empty returns NaN, so that a buffer which is not filled shows."""
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
@@ -42,9 +71,10 @@ def _seed() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _interpreter_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def _interpreter_stays(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> None:
     """Commands that compile take the variable away, for the process that they are."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    if not _on_gpu(pytestconfig):
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture

@@ -351,6 +351,70 @@ def test_calls_at_which_the_sketch_turns() -> None:
     assert turned == [0, 1, 2, 4, 8, 16, 32, 64, 100, 200]
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_sketch_is_turned_by_hand(normalize: bool) -> None:
+    """In evaluation as well, as calls in training turn it, in place, and without counting."""
+    ours, theirs = (PFMLLoss(8, 70, 1, normalize=normalize) for _ in range(2))
+    written = ours._basis
+    ours.eval()
+    for _ in range(3):
+        x = low_rank_batch(30, 70).requires_grad_()
+        ours.update_sketch(x)
+        theirs.training_calls = 1
+        theirs(x, torch.arange(30) % 8)
+    assert not torch.equal(ours.sketch_basis, PFMLLoss(8, 70).sketch_basis)
+    assert torch.equal(ours.sketch_basis, theirs.sketch_basis)
+    assert ours.training_calls == 0
+    ours.sketch_basis = torch.zeros(70, 60)
+    assert ours._basis is written  # which a captured graph goes on reading
+    assert not written.any()
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "says"),
+    [
+        ([[1.0]], TypeError, "floating-point tensor, got list"),
+        (torch.zeros(3, 70, dtype=torch.int64), TypeError, "got torch.int64"),
+        (torch.zeros(70), ValueError, r"\[B, D\], got \[70\]"),
+        (torch.zeros(3, 69), ValueError, r"\[B, 70\], got \[3, 69\]"),
+        (torch.zeros(3, 70, device="meta"), ValueError, "device of the proxies, cpu, got meta"),
+    ],
+    ids=str,
+)
+def test_what_does_not_turn_the_sketch(given: Any, error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        PFMLLoss(8, 70).update_sketch(given)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("sizes", [(7, 3, 6), (2, 3, 6), (4, 5, 6), (3, 4, 6), (4, 3, 70)])
+def test_sizes_that_change_together(sizes: tuple[int, int, int], backend: str) -> None:
+    """After a call with others, as a loss that was built with them."""
+    loss, other = PFMLLoss(C, D, M, backend=backend), PFMLLoss(*sizes[::2], sizes[1])
+    loss(EMBEDDINGS, LABELS)
+    loss.num_classes, loss.proxies_per_class, loss.embedding_size = sizes
+    loss.proxies = torch.nn.Parameter(other.proxies.detach().clone())
+    x, labels = torch.randn(B, sizes[2]), torch.arange(B) % sizes[0]
+    assert torch.allclose(loss(x, labels), other(x, labels), rtol=1e-5)
+    ours, theirs = (torch.autograd.grad(f(x, labels), f.proxies)[0] for f in (loss, other))
+    assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+    assert loss.sketch_basis.shape == other.sketch_basis.shape
+
+
+@pytest.mark.parametrize("name", ["num_classes", "proxies_per_class", "embedding_size", "proxies"])
+def test_sizes_that_do_not_fit_are_refused(name: str) -> None:
+    loss = PFMLLoss(C, D, M)
+    loss(EMBEDDINGS, LABELS)
+    for change in (-1, 1):
+        other = copy.deepcopy(loss)
+        if name == "proxies":
+            other.proxies = torch.nn.Parameter(torch.randn(C + change, M, D))
+        else:
+            setattr(other, name, getattr(other, name) + change)
+        with pytest.raises(ValueError, match=r"proxies must be \[num_classes, .* got \["):
+            other(EMBEDDINGS, LABELS)
+
+
 def test_a_batch_that_is_not_finite_leaves_the_sketch_alone() -> None:
     loss = PFMLLoss(10, 128, 2)
     x = torch.randn(20, 128)

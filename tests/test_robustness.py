@@ -26,7 +26,6 @@ from pfml_triton.potential import FieldTerms, Split
 from tests.clouds import cloud
 
 backends = pytest.mark.parametrize("backend", ["torch", "triton"])
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 BAD = (math.nan, math.inf, -math.inf)
 
@@ -315,16 +314,6 @@ def test_runs_are_the_same_bit_for_bit(backend: str, n: int, runs: int) -> None:
             assert same(step(loss, *given), first)
 
 
-@gpu
-@pytest.mark.parametrize("n", [1000, 5000])
-def test_200_runs_on_a_gpu_are_the_same_bit_for_bit(n: int) -> None:
-    """In the interpreter, programs run one after another: there they repeat by construction."""
-    loss = PFMLLoss(5, 20, 2, delta=0.5).cuda()
-    given = tuple(t.cuda() for t in problem(0, n))
-    first = step(loss, *given)
-    assert all(same(step(loss, *given), first) for _ in range(200))
-
-
 @pytest.fixture
 def four_threads() -> Iterator[None]:
     before = torch.get_num_threads()
@@ -409,69 +398,6 @@ def call_of(loss: PFMLLoss, given: tuple[Tensor, ...]) -> list[Tensor]:
     x = x.detach().requires_grad_()
     value = loss(x, labels, None, bank, bank_labels)
     return [value.detach(), *torch.autograd.grad(value, (x, loss.proxies))]
-
-
-# Streams and devices
-
-
-@gpu
-@pytest.mark.parametrize("n", [1000, 5000])
-def test_a_stream_that_is_not_the_default_one(n: int) -> None:
-    """What is computed on a stream waits for what was put there before, and for nothing else."""
-    loss = PFMLLoss(5, 64, 2, delta=0.5).cuda().eval()
-    x, labels = (t.cuda() for t in cloud("clusters", n, 64, 5, torch.float32))
-    expected = step(loss, x, labels)
-    torch.cuda.synchronize()
-    streams = [torch.cuda.Stream() for _ in range(2)]
-    results = []
-    for _ in range(5):
-        for stream in streams:
-            with torch.cuda.stream(stream):
-                late = torch.full_like(x, math.nan)
-                torch.cuda._sleep(20_000_000)  # the points are garbage until long after the launch
-                late.copy_(x)
-                results.append(step(loss, late, labels))
-    torch.cuda.synchronize()
-    assert all(same(result, expected) for result in results)
-
-
-@gpu
-def test_threads_with_a_stream_each() -> None:
-    problems = [tuple(t.cuda() for t in problem(seed, 700)) for seed in range(8)]
-    losses = [PFMLLoss(5, 20, 2, delta=0.5).cuda().eval() for _ in range(8)]
-    alone = [call_of(losses[i], problems[i]) for i in range(8)]
-    torch.cuda.synchronize()
-
-    def call(i: int) -> list[Tensor]:
-        with torch.cuda.stream(torch.cuda.Stream()):
-            results = call_of(losses[i], problems[i])
-            torch.cuda.current_stream().synchronize()
-        return results
-
-    for ours, expected in zip(in_threads(call), alone, strict=True):
-        assert same(ours, expected)
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_points_on_a_device_that_is_not_the_current_one(backend: str) -> None:
-    """Both devices compute the same, whichever is current, each on a stream of its own."""
-    given, results = problem(0, 700), []
-    for device in ("cuda:0", "cuda:1"):
-        torch.manual_seed(0)
-        loss = PFMLLoss(5, 20, 2, delta=0.5, backend=backend).to(device)
-        there = tuple(t.to(device) for t in given)
-        torch.cuda.synchronize(device)
-        for current in (0, 1):
-            stream = torch.cuda.Stream(device)
-            with torch.cuda.device(current), torch.cuda.stream(stream), torch.cuda.device(current):
-                results.append([t.cpu() for t in step(loss, *there)])
-    for result in results[1:]:
-        assert all(
-            torch.allclose(a, b, rtol=1e-5, atol=1e-4)
-            for a, b in zip(result, results[0], strict=True)
-        )
-        assert backend == "torch" or same(result, results[0])
 
 
 # Thousands of steps

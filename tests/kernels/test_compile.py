@@ -14,6 +14,7 @@ from pfml_triton.kernels.config import FENCELESS, tiles_for
 from tests.compiled import (
     Shape,
     barriers_in_turns,
+    compilations,
     filter_bytes,
     machine_code,
     ptx_of,
@@ -148,6 +149,28 @@ def test_nothing_waits_for_the_device(
 ) -> None:
     """Forward and backward on meta tensors, which have no values to look at."""
     assert compiler.submit(synchronisations, call).result() == expected
+
+
+@pytest.mark.parametrize(
+    ("calls", "first", "later"),
+    [
+        ("batches", 5, {}),
+        ("views", 5, {"_pack": 1}),  # aligned or not
+        ("banks", 6, {"_count": 1, "_plan": 1, "_join": 1, "_force": 1}),  # without a gradient
+        ("points", 7, {}),
+    ],
+)
+def test_kernels_are_compiled_once(
+    compiler: ProcessPoolExecutor, calls: str, first: int, later: dict[str, int]
+) -> None:
+    """Whatever the batch size, the view and the size of a memory bank: a step of a training that
+    compiles takes seconds."""
+    found = compiler.submit(compilations, calls).result()
+    assert sum(found[0].values()) == first, found[0]
+    in_sum = Counter[str]()
+    for new in found[1:]:
+        in_sum.update({name.removesuffix("_kernel"): count for name, count in new.items()})
+    assert in_sum == later
 
 
 @pytest.mark.parametrize(("n", "depth"), [(20_000, 64), (1_000_000, 256), (1_000_000, 512)])
