@@ -326,6 +326,12 @@ def one_rank_in_error(world: World) -> None:
         else:
             assert caught.match(f"rank {world.size - 1} of {world.size} refuses")
     assert many(x[share], labels[share]).isfinite()
+    if last:
+        many.num_classes += 1
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        many(x[share], labels[share])
+    assert caught.match("proxies must be" if last else "refuses")
+    many.num_classes = C
     many.validate = True
     if last and many.proxies.to_local().numel():
         with torch.no_grad():

@@ -336,27 +336,3 @@ def test_pickle_and_deepcopy_after_a_call() -> None:
         assert loss.training_calls == 1
     potential = pickle.loads(pickle.dumps(POTENTIAL))
     assert potential == POTENTIAL
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("n", [100, 5000])
-def test_cuda_graph(n: int) -> None:
-    """A captured step, replayed with new points, is the same bit for bit as an eager one."""
-    loss = PFMLLoss(50, 64, 4).cuda()
-    x = torch.randn(n, 64, device="cuda", requires_grad=True)
-    labels = torch.arange(n, device="cuda") % 50
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            torch.autograd.grad(loss(x, labels), (x, loss.proxies))
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        value = loss(x, labels)
-        captured = value, *torch.autograd.grad(value, (x, loss.proxies))
-    with torch.no_grad():
-        x.copy_(torch.randn(n, 64, device="cuda"))
-    graph.replay()
-    loss.eval()
-    value = loss(x, labels)
-    assert same(captured, (value, *torch.autograd.grad(value, (x, loss.proxies))))

@@ -87,11 +87,12 @@ def test_nothing_waits_for_the_gpu() -> None:
         torch.cuda.set_sync_debug_mode(before)
 
 
+@pytest.mark.parametrize("n", [200, 5000])
 @pytest.mark.parametrize("training", [False, True])
-def test_replays_of_a_whole_step(training: bool) -> None:
+def test_replays_of_a_whole_step(training: bool, n: int) -> None:
     """Forward, backward and optimiser in one graph, with the sketch turned between its replays:
     the same parameters, to the bit, as without a graph."""
-    x, labels, *_ = problem(200, 96)
+    x, labels, *_ = problem(n, 96)
     losses, embeddings = [], []
     for graphed in (True, False):
         loss = loss_of(96).train(training)
