@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
-from triton.testing import do_bench
 
 from bench.clocks import Call, elapsed
 from bench.gpu.rig import Rig
@@ -30,10 +29,8 @@ class Clock:
     The first of a kernel is the shipped one, which always gets a time.
     """
 
-    def __init__(
-        self, seconds: float, measured: Callable[..., Any] = do_bench, most: int | None = None
-    ) -> None:
-        self.seconds, self.measured, self.most = seconds, measured, most
+    def __init__(self, seconds: float, bench: search.Bench, most: int | None = None) -> None:
+        self.seconds, self.bench, self.most = seconds, bench, most
         self.deadline, self.timed = 0.0, 0
 
     def space(self, kernel: str, shipped: Tiles, depth: int) -> list[triton.Config]:
@@ -46,12 +43,11 @@ class Clock:
         if self.timed and time.monotonic() > self.deadline:
             return [float("inf")] * len(quantiles)
         self.timed += 1
-        found: list[float] = self.measured(call, quantiles=quantiles)
-        return found
+        return self.bench(call, quantiles=quantiles)
 
 
 def _once(call: Call, quantiles: Sequence[float]) -> list[float]:
-    """What a rehearsal has of triton.testing.do_bench, which needs a GPU."""
+    """What a rehearsal has of `search.GraphBench`, which needs a GPU."""
     return [elapsed(call, torch.device("cpu"))[1]] * len(quantiles)
 
 
@@ -60,7 +56,7 @@ def compiled(rig: Rig, size: str, share: str) -> None:
     in Triton's cache."""
     place, every = map(int, share.split("/"))
     call, tiles, depth = _call(rig, size)
-    clock = Clock(0.0)
+    clock = Clock(0.0, _once)
     for kernel in KERNELS:
         for config in clock.space(kernel, tiles, depth)[place::every]:
             with record() as launches:
@@ -79,7 +75,9 @@ def tune(rig: Rig, size: str) -> None:
         x = rig.cloud(size).points
         call, tiles, _ = _call(rig, size)
         seconds = SECONDS / len(KERNELS)
-        clock = Clock(seconds, _once, most=2) if rig.rehearses else Clock(seconds)
+        clock = Clock(seconds, search.GraphBench())
+        if rig.rehearses:
+            clock = Clock(seconds, _once, most=2)
         name = tuning.device_name(x) or x.device.type
         key = tuning.key_of(name, x.dtype, x.shape[1], len(x))
 
