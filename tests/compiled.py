@@ -274,6 +274,7 @@ def emulate(
         mock.patch.object(tuning, "tiles_for", tiles_of),
         aot.record(execute),
     ):
+        tuning.forget()  # the choices for another chip
         return functions[function](*arguments, **options)
 
 
