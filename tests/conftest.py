@@ -37,6 +37,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if is_other and _on_gpu(config) else None
 
 
+@pytest.hookimpl(optionalhook=True)  # without pytest-xdist there is no such hook
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     """One process for one GPU."""
     return 0 if _on_gpu(config) else None
