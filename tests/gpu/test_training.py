@@ -198,25 +198,6 @@ def test_2000_steps_leave_nothing_behind() -> None:
     assert train(2000) <= before
 
 
-def test_one_rank_of_nccl(tmp_path: Path) -> None:
-    """The values of a loss without a process group, to the bit, through NCCL's collectives."""
-    given = problem(300, 96)
-    torch.cuda.set_device(DEVICE)
-    dist.init_process_group(
-        "nccl", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1, device_id=DEVICE
-    )
-    try:
-        many, one = loss_of(96, process_group=dist.group.WORLD).eval(), loss_of(96).eval()
-        with torch.no_grad():
-            one.proxies.copy_(many.proxies.full_tensor())
-        value, x_grad, proxies_grad, *stats = step(many, *given)
-        expected = step(one, *given)
-        assert same([x_grad, proxies_grad.full_tensor(), *stats], expected[1:])
-        assert_near(value, expected[0].double(), torch.float32)  # a sum of float64 in between
-    finally:
-        dist.destroy_process_group()
-
-
 def test_rows_beyond_32_bits() -> None:
     """Rows of float16 so far apart that their offsets need 33 bits, as those of a copy."""
     free_memory(14)
@@ -277,3 +258,22 @@ def test_tuning_from_times_to_a_file_that_serves(
         assert tuning.tiles_here(x) == tiles
     finally:
         tuning.forget()
+
+
+def test_one_rank_of_nccl(tmp_path: Path) -> None:
+    """The values of a loss without a process group, to the bit, through NCCL's collectives."""
+    given = problem(300, 96)
+    torch.cuda.set_device(DEVICE)
+    dist.init_process_group(
+        "nccl", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1, device_id=DEVICE
+    )
+    try:
+        many, one = loss_of(96, process_group=dist.group.WORLD).eval(), loss_of(96).eval()
+        with torch.no_grad():
+            one.proxies.copy_(many.proxies.full_tensor())
+        value, x_grad, proxies_grad, *stats = step(many, *given)
+        expected = step(one, *given)
+        assert same([x_grad, proxies_grad.full_tensor(), *stats], expected[1:])
+        assert_near(value, expected[0].double(), torch.float32)  # a sum of float64 in between
+    finally:
+        dist.destroy_process_group()
