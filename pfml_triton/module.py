@@ -61,7 +61,9 @@ class PFMLLoss(nn.Module):
             training changes. Reading a value waits for the device.
         proxies: nn.Parameter [C, M, D] float32 (a DTensor with a process_group), drawn from a
             normal distribution scaled to about unit length. They want a learning rate of their own,
-            see `param_groups`.
+            see `param_groups`. Another number of classes, of proxies or of dimensions is assigned
+            together with such a parameter, to `num_classes`, `proxies_per_class` and
+            `embedding_size`; sizes that do not fit each other are an error.
         sketch_basis: [D, at most 60] bfloat16, that of the pruning, a copy. No parameter or buffer,
             so that no cast, broadcast or checkpoint touches it. One that is assigned has to have
             that shape; whatever it is, the result stays the same, but for the order in which the
