@@ -143,8 +143,9 @@ def turned_basis(basis: Tensor, points: Tensor) -> Tensor:
 def _orthonormal(columns: Tensor) -> Tensor:
     """Q of `columns` [dim, width] = Q R, float64: a Cholesky QR.
 
-    On a GPU neither step waits for it, as PyTorch's documentation has it. It loses the square of the condition number of the columns, of the 53 bits of float64. That of
-    an image in `turned_basis` is at most about 10 dim, for the part of the old basis in it.
+    On a GPU neither of its two steps waits, by PyTorch's documentation. It loses the square of the
+    condition number of the columns, of the 53 bits of float64. That of an image in `turned_basis`
+    is at most about 10 dim, for the part of the old basis in it.
     """
     wide = columns.double()
     lower, _ = torch.linalg.cholesky_ex(wide.T @ wide)
