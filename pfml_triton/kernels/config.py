@@ -54,7 +54,7 @@ class Tiles:
     filter_stages: int
     filter_strip: int  # blocks that one program of the filter walks
     chunk: int  # tiles of a list that a program looks at together
-    pack_warps: int = 8
+    pack_warps: int = 4
     long_list: int = 64  # lists that cannot be longer are not shared out
     least_budget: int = 16  # tiles of a list that one program always takes
     extra_programs: int = 512  # for longer lists; each has sums for TILE_M points
@@ -130,6 +130,7 @@ def tiles_for(depth: int, points: int = MANY, arch: str = "sm_80") -> Tiles:
         filter_stages=1 if by_proxy and FENCELESS else 2 if few and hopper else 3,
         filter_strip=1 if few else 8,
         chunk=chunk,
+        pack_warps=8 if few else 4,
     )
 
 
