@@ -46,7 +46,7 @@ _COMPILED = tuple(("compiled", size, f"{i}/6") for size in ("cub", "sop") for i 
 PHASES = {
     "machine": Phase(0.06, 5, _alone(("machine",))),
     "first": Phase(0.2, 15, (*_alone(("first", "cub")), (*_LATER_STEPS, *_MODELS))),
-    "correctness": Phase(0.3, 15, _alone(("correctness",))),
+    "correctness": Phase(0.4, 15, _alone(("correctness",))),
     "stress": Phase(0.12, 15, _alone(("stress",))),
     "steps": Phase(0.2, 15, _alone(("steps",))),
     "peers": Phase(0.2, 15, _alone(("peers",))),
