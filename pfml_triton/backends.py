@@ -25,7 +25,7 @@ class Backend(Protocol):
         """The cloud of points `x` [B, D], and of `rest` [N - B, D] if given.
 
         Args:
-            labels: classes [N], int64.
+            labels: classes [N], int64 or int32; of clouds that meet, the same.
             rest: more points, float32 or wider; all are then copied in that dtype.
             unit: whether to scale the points to unit length.
             basis: [D, at most 60] bfloat16, Q of the sketch that filters tiles; None takes all.

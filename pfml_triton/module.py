@@ -165,7 +165,7 @@ class PFMLLoss(nn.Module):
             embeddings: [B, D] floating point, B >= 0 (0: the proxies' own energy).
             labels: [B] integers in [0, C). Values are checked on the CPU, elsewhere only with
                 `validate`, since looking at them waits for the device; a label out of range is a
-                class without proxies there.
+                class without proxies there, and 32 bits of it count.
             indices_tuple: must be None: the field takes every pair, there is nothing to mine.
             ref_emb, ref_labels: [R, D] and [R], a memory bank that adds its field to all points.
                 It receives a force only if it requires a gradient.

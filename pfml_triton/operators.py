@@ -101,6 +101,12 @@ class _PotentialEnergy(torch.autograd.Function):
             check_finite(points, name)
             check_finite(None if proxies is None else proxies.flatten(0, 1), "proxies")
             check_finite(sources, "sources" if classes is None else "ref_emb")
+        if classes is not None and points.is_cuda:  # half the bits, half the passes of a sort
+            labels = labels.to(torch.int32)
+            if source_labels is not None:
+                source_labels = source_labels.to(torch.int32)
+            if everyone_labels is not None:
+                everyone_labels = everyone_labels.to(torch.int32)
         potential = _potential(alpha, delta, delta_rep, min_distance)
         if basis is None and prune:
             basis = random_basis(points.shape[1], points.device)

@@ -82,7 +82,9 @@ def kernels(shape: Shape, alpha: float = 3.0) -> Iterator[tuple[str, Any]]:
         rest = None
         if is_placed:
             points, rest = points[:100], points[100:].float()
-        labels = torch.empty(n, dtype=torch.int64, device="meta")
+        # As a loss has them, and as a call of potential_energy.
+        kind = torch.int32 if is_placed else torch.int64
+        labels = torch.empty(n, dtype=kind, device="meta")
         tiles = tiles_for(depth, n, arch)
         with aot.record() as launches:
             cloud = launch.gather(

@@ -82,7 +82,7 @@ def _force_kernel(
     x_ptr,  # [N, D], the points that are acted on, as the caller has them
     x_order_ptr,  # [N] int64, which of them comes in which row
     x_coarse_ptr,  # [P, depth] bfloat16, the same in that order, rounded
-    x_label_ptr,  # [N] int64
+    x_label_ptr,  # [N] int64 or int32, as all labels
     x_sq_norm_ptr,  # [P], |coarse|^2; NaN in padded rows
     x_radius_ptr,  # [P], >= |point - coarse|
     y_ptr,  # [M, D], the points that act
@@ -91,8 +91,8 @@ def _force_kernel(
     y_label_ptr,  # [M]
     y_sq_norm_ptr,  # [Q]
     y_radius_ptr,  # [Q]
-    y_first_label_ptr,  # [Q / BLOCK_N] int64
-    y_last_label_ptr,  # [Q / BLOCK_N] int64
+    y_first_label_ptr,  # [Q / BLOCK_N]
+    y_last_label_ptr,  # [Q / BLOCK_N]
     near_ptr,  # [P / 16, Q / 128] uint8, see filter.py
     extra_ptr,  # [tiles_x] int32, see plan.py
     budget_ptr,  # [1] int32

@@ -70,12 +70,12 @@ class Cloud:
     points: Tensor  # [N, D], in the caller's order
     inverse: Tensor | None  # [N], 1 / length that the points had, if they were scaled
     order: Tensor  # [N] int64, which point comes in which row
-    labels: Tensor  # [N] int64
+    labels: Tensor  # [N] int64 or int32
     coarse: Tensor  # [P, depth] bfloat16 (float32 holding bfloat16 values under the interpreter)
     sq_norm: Tensor  # [P] float32 (float64 for float64 points), NaN in padded rows
     radius: Tensor  # [P], like sq_norm
-    first_label: Tensor  # [P / TILE_N] int64
-    last_label: Tensor  # [P / TILE_N] int64
+    first_label: Tensor  # [P / TILE_N], like labels
+    last_label: Tensor  # [P / TILE_N]
     left: Tensor  # [P, K] like coarse, the sketch as left factor of the filter's test
     right: Tensor  # [P, K], as right factor
     tiles: Tiles
@@ -139,8 +139,8 @@ def gather(
             x.stride(0), rest.stride(0), b, n, dim, depth,
             REACH * potential.repulsion_radius, accumulation(dim), SLACK,
             PLACED=is_placed, UNIT=unit, SKETCHED=basis is not None, WIDTH=width, K=k,
-            TILE=TILE_N, BLOCK_M=PACK_M, BLOCK_D=min(depth, 64),
-            num_warps=tiles.pack_warps, num_stages=3, **FUSED,
+            TILE=TILE_N, BLOCK_M=PACK_M, BLOCK_D=min(depth, 128),
+            num_warps=tiles.pack_warps, num_stages=1, **FUSED,
         )  # fmt: skip
     return Cloud(
         points, inverse, order, sorted_labels, coarse, sq_norm, radius, first_label, last_label,
@@ -264,7 +264,7 @@ def total(
             totals if before is None else before, value, totals,
             len(acted_on), len(acting), terms.active.shape[0], terms.tiles, pairs, *constants,
             AMONG=among, OTHERS=acting is not acted_on, AFTER=before is not None,
-            BLOCK=1024, num_warps=8, **FUSED,
+            BLOCK=1024, num_warps=16, **FUSED,
         )  # fmt: skip
     return value, totals
 
@@ -282,16 +282,17 @@ def pull_back(
 ) -> tuple[Tensor | None, Tensor | None]:
     """See `Backend`."""
     n, dim = grad.shape
-    block_d = min(128, max(16, 1 << (dim - 1).bit_length()))
+    block_d = min(512, max(16, 1 << (dim - 1).bit_length()))
+    block_m = 1024 // block_d
     first, second = split.empty(grad)
     with torch.cuda.device_of(grad):
-        _pull_back_kernel[(_cdiv(n, TILE_M),)](
+        _pull_back_kernel[(_cdiv(n, block_m),)](
             grad, grad if points is None else points, grad if inverse is None else inverse,
             grad_output, totals,
             grad if first is None else first, grad if second is None else second,
             split.b, n, dim, pairs,
             TWICE=twice, UNIT=inverse is not None,
             NEEDS_X=first is not None, NEEDS_REST=second is not None,
-            BLOCK_M=TILE_M, BLOCK_D=block_d, **FUSED,
+            BLOCK_M=block_m, BLOCK_D=block_d, **FUSED,
         )  # fmt: skip
     return first, second

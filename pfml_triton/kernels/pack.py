@@ -39,7 +39,7 @@ def _pack_kernel(
     points_ptr,  # [N, D] out, if PLACED: both, in the caller's order
     inverse_ptr,  # [N] out, if UNIT: 1 / length that a point had
     order_ptr,  # [N] int64, which point comes in which row
-    label_ptr,  # [N] int64, classes by row
+    label_ptr,  # [N] int64 or int32, classes by row
     coarse_ptr,  # [P, depth] out: the points in that order, bfloat16, zero where there are none
     sq_norm_ptr,  # [P] out: |coarse|^2; NaN in padded rows
     radius_ptr,  # [P] out: an upper bound of |point - coarse|

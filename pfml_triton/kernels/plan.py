@@ -22,8 +22,8 @@ def _active_tiles(
     x_last_label,
     first,
     tiles_y,
-    y_first_label_ptr,  # [Q / 64] int64, the first label of each tile of 64 columns
-    y_last_label_ptr,  # [Q / 64] int64
+    y_first_label_ptr,  # [Q / 64], the first label of each tile of 64 columns
+    y_last_label_ptr,  # [Q / 64]
     CHUNK: tl.constexpr,
 ):
     """Which of the CHUNK tiles of 64 columns from `first` on are active: [CHUNK] int32, 0 or 1."""
@@ -39,10 +39,10 @@ def _active_tiles(
 
 @triton.jit(do_not_specialize=["stride_near", "N", "tiles_y"])
 def _count_kernel(
-    x_label_ptr,  # [N] int64
+    x_label_ptr,  # [N] int64 or int32, as all labels
     near_ptr,  # [P / 16, Q / 128] uint8
-    y_first_label_ptr,  # [Q / 64] int64
-    y_last_label_ptr,  # [Q / 64] int64
+    y_first_label_ptr,  # [Q / 64]
+    y_last_label_ptr,  # [Q / 64]
     count_ptr,  # [P / 16] int32 out, the length of each list
     stride_near,
     N,

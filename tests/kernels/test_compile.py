@@ -31,8 +31,9 @@ def check(compiler: ProcessPoolExecutor, shapes: list[Shape], alpha: float = 3.0
         shapes, compiler.map(machine_code, shapes, [alpha] * len(shapes)), strict=True
     ):
         kernels = Counter(name.partition("(")[0] for name in codes)
-        once = ("_count", "_plan", "_total", "_pull_back")
-        assert [kernels[f"{name}_kernel"] for name in once] == [1] * 4, kernels
+        once = ("_plan", "_total", "_pull_back")
+        assert [kernels[f"{name}_kernel"] for name in once] == [1] * 3, kernels
+        assert kernels["_count_kernel"] == 2, kernels  # of labels in 32 bits, and in 64
         assert kernels["_pack_kernel"] == 2, kernels  # gathered and scaled, or as they are
         assert kernels["_force_kernel"] >= 3, kernels  # see tests.compiled.VARIANTS
         assert min(kernels["_filter_kernel"], kernels["_join_kernel"]) >= 1, kernels
@@ -98,7 +99,7 @@ def test_turns_keep_one_layout(compiler: ProcessPoolExecutor) -> None:
     """The loop over turns of the forces exchanges its column and its sums, and no gradients: each
     of eight slices in the layout of the product is two barriers and dozens of instructions."""
     found = compiler.submit(barriers_in_turns, ("sm_90", "float32", 512)).result()
-    assert len(found) == 2
+    assert len(found) == 3
     assert all(barriers <= 6 for barriers in found.values()), found
 
 

@@ -273,6 +273,19 @@ def test_two_clouds(dtype: torch.dtype) -> None:
         assert_near(ours, true, ours.dtype, what="class potential")
 
 
+def test_labels_of_32_bits() -> None:
+    """As a loss on a GPU has them: the same bits as of 64, in long lists as well."""
+    x, labels = cloud("clusters", 90, 12, 7, torch.float32)
+    tiles = dataclasses.replace(tiles_for(12), long_list=0, least_budget=1, extra_programs=3)
+    found = [
+        terms_of(launch, x, kind, x, kind, Potential(), needs_grad=True, tiles=tiles)
+        for kind in (labels, labels.int())
+    ]
+    assert found[0].attracting.any()
+    for a, b in zip(found[0][:-1], found[1][:-1], strict=True):
+        assert torch.equal(a, b)
+
+
 def test_padding_reads_nothing_uninitialised() -> None:
     """Packed buffers come from torch.empty, which holds NaN in these tests."""
     x, labels = cloud("clusters", 21, 5, 3, torch.float32)
