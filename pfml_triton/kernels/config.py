@@ -55,6 +55,7 @@ class Tiles:
     filter_strip: int  # blocks that one program of the filter walks
     chunk: int  # tiles of a list that a program looks at together
     pack_warps: int = 4
+    pack_registers: int | None = None  # like max_registers
     long_list: int = 64  # lists that cannot be longer are not shared out
     least_budget: int = 16  # tiles of a list that one program always takes
     extra_programs: int = 512  # for longer lists; each has sums for TILE_M points
@@ -64,9 +65,17 @@ class Tiles:
         return self.block_d * self.slices
 
     def options(self) -> dict[str, int]:
-        """The launch options of Triton."""
-        options = FUSED | {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
+        """The launch options of the forces kernel."""
+        return _options(self.num_warps, self.num_stages, self.max_registers)
+
+    def pack_options(self) -> dict[str, int]:
+        """Those of the pack kernel, which is faster without a prefetch."""
+        return _options(self.pack_warps, 1, self.pack_registers)
+
+
+def _options(warps: int, stages: int, registers: int | None) -> dict[str, int]:
+    options = FUSED | {"num_warps": warps, "num_stages": stages}
+    return options if registers is None else options | {"maxnreg": registers}
 
 
 def padded_depth(depth: int) -> int:
@@ -134,6 +143,7 @@ def tiles_for(depth: int, points: int = MANY, arch: str = "sm_80") -> Tiles:
         filter_stages=1 if not prefetches or (few and hopper) else 2 if hopper else 3,
         filter_strip=1 if few else 16 if hopper else 8,
         chunk=chunk,
+        pack_registers=None if hip or arch in ("sm_80", "sm_90") else 255,
     )
 
 

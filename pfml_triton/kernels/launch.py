@@ -139,8 +139,7 @@ def gather(
             x.stride(0), rest.stride(0), b, n, dim, depth,
             REACH * potential.repulsion_radius, accumulation(dim), SLACK,
             PLACED=is_placed, UNIT=unit, SKETCHED=basis is not None, WIDTH=width, K=k,
-            TILE=TILE_N, BLOCK_M=PACK_M, BLOCK_D=min(depth, 128),
-            num_warps=tiles.pack_warps, num_stages=1, **FUSED,
+            TILE=TILE_N, BLOCK_M=PACK_M, BLOCK_D=min(depth, 128), **tiles.pack_options(),
         )  # fmt: skip
     return Cloud(
         points, inverse, order, sorted_labels, coarse, sq_norm, radius, first_label, last_label,
