@@ -106,10 +106,9 @@ def tiles_for(depth: int, points: int = MANY, arch: str = "sm_80") -> Tiles:
     read its operands by the asynchronous proxy, so that with a Triton that leaves out the fence
     nothing is prefetched there; on Hopper, blocks of 256 columns are then the faster ones.
 
-    What has been measured, on an H200 with Triton 3.6: the filter at 1,600, 22,736 and 100,512
-    points, and the pack kernel, for which one shape is the best at all of them. The forces at 512
-    dimensions and many points are 17 % faster with 4 warps, which spill in a loop; what that costs
-    where more pairs act has not been measured.
+    The filter on Hopper, and the pack kernel, for which one shape is the best at all sizes, are as
+    timed on an H200 (bench/results). There the forces of many points of 512 dimensions are faster
+    with 4 warps, which spill in a loop; what that costs where more pairs act is not known.
     """
     padded = padded_depth(depth)
     registers: int | None
