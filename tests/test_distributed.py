@@ -344,10 +344,15 @@ def one_rank_in_error(world: World) -> None:
 
 
 def losses_that_differ(world: World) -> None:
+    x, labels = batch()
+    grown = world.loss()
+    grown.num_classes = C + 1
+    grown.proxies = PFMLLoss(C + 1, D, M, process_group=dist.group.WORLD).proxies
+    with pytest.raises(ValueError, match="num_classes cannot change with a process_group"):
+        grown(x, labels)
     if world.size == 1:
         return
     ours = PFMLLoss(C, D, M + (world.rank == 0), process_group=dist.group.WORLD)
-    x, labels = batch()
     with pytest.raises(ValueError, match=r"one C, M and D on all ranks, got \[\[5, 3, 7\], \[5, 2"):
         ours(x, labels)
 
