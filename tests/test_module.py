@@ -386,6 +386,33 @@ def test_what_does_not_turn_the_sketch(given: Any, error: type[Exception], says:
         PFMLLoss(8, 70).update_sketch(given)
 
 
+def test_a_captured_graph_does_not_turn_the_sketch(monkeypatch: pytest.MonkeyPatch) -> None:
+    loss = PFMLLoss(8, 70)
+    before = loss.sketch_basis
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="between replays, not in a captured graph"):
+        loss.update_sketch(torch.randn(3, 70))
+    assert torch.equal(loss.sketch_basis, before)
+
+
+def test_labels_have_32_bits_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the batch and the proxies, and those of a memory bank; the result is the same."""
+    loss = PFMLLoss(C, D, M, backend="torch").eval()
+    given = EMBEDDINGS, LABELS, None, EMBEDDINGS + 0.1, LABELS
+    expected, seen = loss(*given), []
+    gather = torch_backend.gather
+
+    def gathered(x: torch.Tensor, labels: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append(labels.dtype)
+        return gather(x, labels, *args, **kwargs)
+
+    monkeypatch.setattr(torch_backend, "gather", gathered)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True))
+    assert torch.equal(loss(*given), expected)
+    assert seen == [torch.int32] * 2
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("sizes", [(7, 3, 6), (2, 3, 6), (4, 5, 6), (3, 4, 6), (4, 3, 70)])
 def test_sizes_that_change_together(sizes: tuple[int, int, int], backend: str) -> None:

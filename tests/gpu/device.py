@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
@@ -34,17 +32,3 @@ def step(loss: PFMLLoss, x: Tensor, labels: Tensor, *bank: Tensor) -> list[Tenso
 def same(ours: list[Tensor], others: list[Tensor]) -> bool:
     """Equal to the bit."""
     return all(torch.equal(a, b) for a, b in zip(ours, others, strict=True))
-
-
-def captured(call: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of a call, which has run before, aside."""
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph

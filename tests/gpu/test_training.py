@@ -16,12 +16,13 @@ import torch.distributed as dist
 import triton
 from torch import Tensor
 
+from bench.clocks import capture
 from pfml_triton import PFMLLoss, Potential, potential_energy
 from pfml_triton.kernels import launch, search, tuning
 from pfml_triton.kernels.config import Tiles
 from pfml_triton.sketch import random_basis
 from tests.clouds import assert_near, cloud
-from tests.gpu.device import DEVICE, ON_GPU, captured, put, same, step
+from tests.gpu.device import DEVICE, ON_GPU, put, same, step
 
 pytestmark = ON_GPU
 
@@ -106,7 +107,7 @@ def test_replays_of_a_whole_step(training: bool, n: int) -> None:
             optimizer.step()  # noqa: B023
 
         start, basis = copy.deepcopy(loss.state_dict()), loss.sketch_basis
-        train = captured(train).replay if graphed else train
+        train = capture(train).replay if graphed else train
         loss.load_state_dict(start)  # after the steps that a capture begins with
         loss.sketch_basis = basis
         if not graphed:
