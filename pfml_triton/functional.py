@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from numbers import Integral
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -116,6 +118,7 @@ def total_energy(
     basis: Tensor | None = None,
     backend: str = "auto",
     validate: bool = False,
+    operator: Callable[..., Any] = operators.potential_energy,
 ) -> tuple[Tensor, Tensor]:
     """`potential_energy` of checked arguments, and the `TOTALS` it is made of.
 
@@ -129,9 +132,10 @@ def total_energy(
             are a part of it: the value is then that part's share of the energy, and the gradient
             that of all of it. At least float32.
         basis: [D, at most 60] bfloat16, a sound one of pfml_triton.sketch; None takes a random one.
+        operator: what takes the arguments of `operators.PotentialEnergy`.
     """
     _check_force(potential, points, backend)
-    value, totals, *_ = operators.potential_energy(
+    value, totals, *_ = operator(
         points, _int64(labels), proxies, sources,
         None if source_labels is None else _int64(source_labels), everyone, everyone_labels,
         basis, *_numbers(potential), unit, reduction == "mean", prune, backend, classes, validate,
@@ -175,8 +179,9 @@ def class_potential(
     _check_cloud(points, labels, "points", "labels", "N")
     _check_points(queries, "queries", "Q")
     _check_match(queries, "queries", points, "points")
-    if isinstance(class_index, bool) or not isinstance(class_index, int):
+    if isinstance(class_index, bool) or not isinstance(class_index, Integral):
         raise TypeError(f"class_index must be an int, got {class_index!r}")
+    class_index = int(class_index)
     if not -(2**63) <= class_index < 2**63:
         raise ValueError(f"class_index must be in [-2**63, 2**63), got {class_index}")
     if points.requires_grad and torch.is_grad_enabled():

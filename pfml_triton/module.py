@@ -3,21 +3,71 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
-from typing import TYPE_CHECKING, Any
+import warnings
+from collections.abc import Callable, Sequence
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .functional import REDUCTIONS, Stats, _check_cloud, _check_options, total_energy
-from .operators import is_transformed, turn_basis, turn_now
+from .functional import REDUCTIONS, Stats, _check_cloud, total_energy
+from .operators import is_dry_run, is_transformed, turn_basis, turn_now
 from .potential import Potential
-from .sketch import random_basis, sound_basis
+from .serving import BACKENDS
+from .sketch import is_traced, random_basis, sound_basis
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+_PATIENCE = 100  # training calls in which proxies that get no optimiser's step go unnoticed
 
-    from .distributed import Everyone, Ranks
+
+def _size(least: int) -> Callable[[str, Any], int]:
+    def checked(name: str, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"{name} must be an int, got {value!r}")
+        if value < least:
+            raise ValueError(f"{name} must be >= {least}, got {value}")
+        return int(value)
+
+    return checked
+
+
+def _one_of(choices: tuple[str, ...]) -> Callable[[str, Any], str]:
+    def checked(name: str, value: Any) -> str:
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+        return value
+
+    return checked
+
+
+def _instance(of: type) -> Callable[[str, Any], Any]:
+    def checked(name: str, value: Any) -> Any:
+        if not isinstance(value, of):
+            raise TypeError(f"{name} must be a {of.__name__}, got {value!r}")
+        return value
+
+    return checked
+
+
+def _of_the_potential(name: str, value: Any) -> None:
+    raise AttributeError(
+        f"{name} is a field of the potential, which cannot be changed: assign "
+        f"loss.potential = dataclasses.replace(loss.potential, {name}={value!r})"
+    )
+
+
+# What may be assigned, in the constructor and later.
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "num_classes": _size(1),
+    "embedding_size": _size(1),
+    "proxies_per_class": _size(0),
+    "potential": _instance(Potential),
+    **dict.fromkeys(("alpha", "delta", "delta_rep", "min_distance"), _of_the_potential),
+    **dict.fromkeys(("normalize", "prune", "validate"), _instance(bool)),
+    "reduction": _one_of(REDUCTIONS),
+    "backend": _one_of(BACKENDS),
+    "training_calls": _size(0),
+}
 
 
 class PFMLLoss(nn.Module):
@@ -46,36 +96,38 @@ class PFMLLoss(nn.Module):
             and more often at first; they decide the time, never the result.
         backend: "auto" (Triton on a GPU, else torch), "triton" or "torch".
         validate: check labels and values on every call, on any device; on a GPU this waits for it.
-        process_group: of torch.distributed, whose ranks make one field of their batches and share
-            out the proxies, by class, as a DTensor. All of them build the loss and call it equally
-            often, with batches of any size, none included; a memory bank then feels no force. The
-            loss is that of all points, the same on every rank. **The gradient of the embeddings is
-            multiplied by the number of ranks**, since DistributedDataParallel and its like average
-            that of the network; that of the proxies is as it is. See pfml_triton.distributed.
+
+    Many processes make one field with `pfml_triton.distributed.ShardedPFMLLoss`. The arguments are
+    attributes, which may be assigned later, but for the potential's, which is one attribute.
 
     Attributes:
         last_stats: dict of scalar tensors without gradient, on the device of the last call, or None
             before it: "active_energy", "attracting_pairs", "repelling_pairs", "smallest_distance"
             and "active_share", as described by `pfml_triton.functional.Stats`, sums whatever the
             reduction. The energy of the loss is mostly a constant of saturated pairs; this is what
-            training changes. Reading a value waits for the device.
-        proxies: nn.Parameter [C, M, D] float32 (a DTensor with a process_group), drawn from a
-            normal distribution scaled to about unit length. They want a learning rate of their own,
-            see `param_groups`. Another number of classes, of proxies or of dimensions is assigned
-            together with such a parameter, to `num_classes`, `proxies_per_class` and
-            `embedding_size`; sizes that do not fit each other are an error.
+            training changes. Reading a value waits for the device. Wrappers have the loss as their
+            `module`.
+        potential: the `Potential`.
+        proxies: nn.Parameter [C, M, D] float32, drawn from a normal distribution scaled to about
+            unit length. They want a learning rate of their own, see `param_groups`, and if they
+            never change, a training warns. `set_num_classes` changes C. Other sizes are assigned
+            together, `proxies` with `num_classes`, `proxies_per_class` and `embedding_size`; those
+            that do not fit each other are an error.
         sketch_basis: [D, at most 60] bfloat16, that of the pruning, a copy. No parameter or buffer,
-            so that no cast, broadcast or checkpoint touches it. One that is assigned has to have
-            that shape; whatever it is, the result stays the same, but for the order in which the
-            torch backend sums.
-        training_calls: int, calls in training so far, which say when the basis turns. A run that is
-            to be resumed to the bit keeps it and `sketch_basis` beside the state.
+            so that no cast or broadcast touches it. One that is assigned has to have that shape;
+            whatever it is, the result stays the same, but for the order in which the torch backend
+            sums.
+        training_calls: int, calls in training so far, which say when the basis turns.
+
+    The state is `proxies`, and as `_extra_state` a uint8 tensor of the last two, so that a training
+    resumes to the bit.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of its range.
     """
 
     proxies: nn.Parameter
+    _unmoved: tuple[int, int] | None  # see `_watch`
 
     def __init__(
         self,
@@ -92,20 +144,8 @@ class PFMLLoss(nn.Module):
         prune: bool = True,
         backend: str = "auto",
         validate: bool = False,
-        process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"num_classes": 1, "embedding_size": 1, "proxies_per_class": 0}
-        for (name, least), value in zip(
-            sizes.items(), (num_classes, embedding_size, proxies_per_class), strict=True
-        ):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an int, got {value!r}")
-            if value < least:
-                raise ValueError(f"{name} must be >= {least}, got {value}")
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
-        _check_options(backend, normalize=normalize, prune=prune, validate=validate)
         self.num_classes = num_classes
         self.embedding_size = embedding_size
         self.proxies_per_class = proxies_per_class
@@ -115,19 +155,10 @@ class PFMLLoss(nn.Module):
         self.prune = prune
         self.backend = backend
         self.validate = validate
-        shape = proxies_per_class, embedding_size
-        self._ranks: Ranks | None = None
-        if process_group is None:
-            proxies = torch.empty(num_classes, *shape, dtype=torch.float32)
-        else:
-            from . import distributed  # not in every torch
-
-            self._ranks = distributed.Ranks(process_group, num_classes)
-            own = len(self._ranks.own_classes)
-            proxies = self._ranks.sharded(torch.empty(own, *shape, dtype=torch.float32))
-        self.proxies = nn.Parameter(proxies)
+        shape = self.num_classes, self.proxies_per_class, self.embedding_size
+        self.proxies = nn.Parameter(torch.empty(shape, dtype=torch.float32))
         # On the CPU, whatever the ambient default device is; `_basis_on` moves the first.
-        self._basis = random_basis(embedding_size, torch.device("cpu")).clone()
+        self._basis = random_basis(self.embedding_size, torch.device("cpu")).clone()
         self._calls = torch.zeros((), dtype=torch.int64, device="cpu")
         self._proxy_labels: Tensor | None = None  # [C, M] int64, made where they are wanted
         self._totals: Tensor | None = None  # of the last call
@@ -135,21 +166,13 @@ class PFMLLoss(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the proxies anew: N(0, 1/D) entries, directions uniform on the sphere."""
-        std = self.embedding_size**-0.5
-        if self._ranks is None:
-            nn.init.normal_(self.proxies, std=std)
-        else:
-            self._ranks.draw(self.proxies, std)
+        nn.init.normal_(self.proxies, std=self.embedding_size**-0.5)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> PFMLLoss:
-        if self._ranks is None:
-            return super()._apply(fn, recurse)
-        # A DTensor knows its kind of device, which `fn` may change.
-        with torch.no_grad():
-            local = fn(self.proxies.to_local())  # type: ignore[attr-defined]
-            moved = nn.Parameter(self._ranks.sharded(local), self.proxies.requires_grad)
-        torch.utils.swap_tensors(self.proxies, moved)
-        return self
+    def __setattr__(self, name: str, value: Any) -> None:
+        check = _CHECKS.get(name)
+        if name == "proxies":
+            self._unmoved = 0, -1  # fully_shard takes turns of two parameters
+        super().__setattr__(name, value if check is None else check(name, value))
 
     def forward(
         self,
@@ -177,44 +200,56 @@ class PFMLLoss(nn.Module):
         Raises:
             TypeError, ValueError: wrong types, shapes, devices or values, naming what came.
         """
-        given = embeddings, labels, indices_tuple, ref_emb, ref_labels
-        ranks, everyone, seen = self._ranks, None, embeddings
-        if ranks is None:
-            self._check_call(*given)
-            proxies, real = self.proxies, torch.promote_types(embeddings.dtype, torch.float32)
-        else:
-            everyone = self._everyone(ranks, *given)
-            real = everyone.points.dtype  # float64 if that of any rank is
-            embeddings = ranks.averaged(embeddings)
-            proxies = self.proxies.to_local()  # type: ignore[attr-defined]
-            ref_emb, ref_labels = everyone.sources, everyone.source_labels
-            seen = everyone.points[: everyone.batch]
-        basis = self._basis_on(embeddings.device) if self.prune else None
-        if basis is not None and self.training and not torch.compiler.is_exporting():
-            turn_basis(basis, self._calls, seen, self.normalize)
+        self._check_call(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        real = torch.promote_types(embeddings.dtype, torch.float32)
         value, totals = total_energy(
             embeddings,
             torch.cat([labels.to(torch.int64), self._labels_of_proxies()]),
             self.potential,
-            proxies=proxies.to(real),
-            classes=self.num_classes,
-            unit=self.normalize,
+            proxies=self.proxies.to(real),
             sources=ref_emb,
             source_labels=ref_labels,
-            everyone=None if everyone is None else everyone.points,
-            everyone_labels=None if everyone is None else everyone.labels,
-            reduction=self.reduction,
-            prune=self.prune,
-            basis=basis,
-            backend=self.backend,
-            validate=self.validate,
+            basis=self._basis_for(embeddings),
+            **self._settings(),
         )
-        if ranks is not None and everyone is not None:
-            pairs = everyone.pairs if self.reduction == "mean" else 1
-            value, totals = ranks.total(value, totals, pairs)
-        if not torch.compiler.is_exporting():
-            self._totals = None if is_transformed() else totals
+        self._keep(totals)
         return value
+
+    def _settings(self) -> dict[str, Any]:
+        """What `total_energy` takes from the attributes."""
+        return {
+            "classes": self.num_classes, "unit": self.normalize, "reduction": self.reduction,
+            "prune": self.prune, "backend": self.backend, "validate": self.validate,
+        }  # fmt: skip
+
+    def _keep(self, totals: Tensor) -> None:
+        """For `last_stats`."""
+        if torch.compiler.is_exporting() or is_dry_run():
+            return
+        self._totals = None if is_transformed() else totals
+        if self._unmoved is not None and self.training and not torch.compiler.is_compiling():
+            self._watch(*self._unmoved)
+
+    def _watch(self, calls: int, version: int) -> None:
+        """Warn if the proxies have not changed for `_PATIENCE` training calls; once at most.
+
+        An optimiser's step changes their version, which is known without waiting for a device.
+        """
+        proxies = self.proxies
+        if not (proxies.requires_grad and torch.is_grad_enabled()) or proxies.numel() == 0:
+            return
+        if calls > 0 and proxies._version != version:
+            self._unmoved = None
+        elif calls < _PATIENCE:
+            self._unmoved = calls + 1, proxies._version
+        else:
+            self._unmoved = None
+            warnings.warn(
+                f"the proxies have not changed in {calls} training calls: give them to the "
+                "optimizer, which loss.param_groups(lr) does, or freeze them with "
+                "loss.proxies.requires_grad_(False)",
+                stacklevel=6,  # the call
+            )
 
     def _check_call(
         self,
@@ -244,17 +279,17 @@ class PFMLLoss(nn.Module):
 
     def _check_proxies(self) -> None:
         """The sizes are attributes, which may have been changed since."""
+        if type(self.proxies).__name__ == "DTensor":
+            raise TypeError(
+                "proxies must be a plain parameter in forward, got a DTensor: call the module that "
+                "fully_shard was applied to, or apply it to the loss"
+            )
         sizes = (self.num_classes, self.proxies_per_class, self.embedding_size)
         if self.proxies.shape != sizes:
             raise ValueError(
                 "proxies must be [num_classes, proxies_per_class, embedding_size] = "
-                f"{list(sizes)}, got {list(self.proxies.shape)}: change the attributes and the "
-                "parameter together"
-            )
-        if self._ranks is not None and self._ranks.classes != self.num_classes:
-            raise ValueError(
-                "num_classes cannot change with a process_group, whose ranks share out "
-                f"{self._ranks.classes} classes, got {self.num_classes}: build a new loss"
+                f"{list(sizes)}, got {list(self.proxies.shape)}: set_num_classes changes the first "
+                "of them, and all are assigned together with a parameter of that shape"
             )
 
     def _check_place(self, embeddings: Tensor) -> None:
@@ -268,20 +303,109 @@ class PFMLLoss(nn.Module):
                 f"got {embeddings.device}: move the loss with .to({str(embeddings.device)!r})"
             )
 
-    def _everyone(self, ranks: Ranks, embeddings: Tensor, labels: Tensor, *others: Any) -> Everyone:
-        """The points of all ranks, once each has found its own in order: else nobody goes on."""
-        fault: Exception | None = None
-        try:
-            self._check_call(embeddings, labels, *others)
-            ranks.check(self.proxies, embeddings, labels, *others[1:], validate=self.validate)
-        except (TypeError, ValueError) as error:
-            fault = error
-        return ranks.gather(fault, self.proxies, embeddings, labels, *others[1:])
+    def get_extra_state(self) -> Tensor:
+        """`training_calls` and `sketch_basis`, byte by byte: uint8 on the CPU."""
+        basis = self._basis_on(self._basis.device).cpu()
+        return torch.cat([t.view(torch.uint8) for t in (self._calls.view(1), basis.flatten())])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take what `get_extra_state` returned.
+
+        Raises:
+            ValueError: it is of another embedding size.
+        """
+        basis = self._basis_on(self._basis.device)
+        expected = 8 + 2 * basis.numel()
+        if not isinstance(state, Tensor) or state.shape != (expected,):
+            got = list(state.shape) if isinstance(state, Tensor) else type(state).__name__
+            raise ValueError(
+                f"the extra state of a loss with embedding_size = {self.embedding_size} must be "
+                f"[{expected}], got {got}"
+            )
+        state = state.detach().to("cpu", torch.uint8)
+        self._calls.copy_(state[:8].clone().view(torch.int64)[0].clamp_min(0))
+        self.sketch_basis = state[8:].clone().view(torch.bfloat16).view(basis.shape)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies; torch.multiprocessing would have processes share what is written in place."""
-        own = {"_basis": self._basis.clone(), "_calls": self._calls.clone()}
-        return self.__dict__ | own
+        """For copies. torch.multiprocessing would have processes share tensors, and these are
+        written in place: so they go as bytes."""
+        own = {"_basis": None, "_calls": None, "_proxy_labels": None}
+        return self.__dict__ | own | {"_sent": bytes(self.get_extra_state().tolist())}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        sent = torch.tensor(list(state.pop("_sent")), dtype=torch.uint8, device="cpu")
+        super().__setstate__(state)
+        self._basis = random_basis(self.embedding_size, torch.device("cpu")).clone()
+        self._calls = torch.zeros((), dtype=torch.int64, device="cpu")
+        self.set_extra_state(sent)
+
+    @torch.no_grad()
+    def set_num_classes(
+        self,
+        num_classes: int,
+        optimizer: torch.optim.Optimizer | None,
+        *,
+        keep: Sequence[int] | None = None,
+    ) -> None:
+        """Change the number of classes, and keep what was learned: class-incremental training.
+
+        `proxies` becomes a new parameter. Wrappers that hold the old one, as
+        DistributedDataParallel does, are made anew; `fully_shard` comes after it.
+
+        Args:
+            num_classes: C' >= 1.
+            optimizer: that has the proxies, or None if there is none yet. It gets the new parameter
+                in place of the old one, with what it has for the classes that are kept (Adam's
+                moments, say); for new classes that is 0.
+            keep: the present classes that become classes 0, 1, ... in this order, at most C' of
+                them. None is the first ones, as many as there can be. The proxies of the classes
+                after them are drawn anew.
+
+        Raises:
+            TypeError, ValueError: a wrong number or class; an optimizer without the proxies.
+                Nothing has changed then.
+        """
+        num_classes = _size(1)("num_classes", num_classes)
+        old = self.proxies
+        if type(old.detach()) is not Tensor:
+            raise TypeError(
+                f"proxies must be a plain parameter, got a {type(old).__name__}: set_num_classes "
+                "comes before fully_shard"
+            )
+        self._check_proxies()
+        given = range(min(len(old), num_classes)) if keep is None else keep
+        classes = [_size(0)("keep", c) for c in given]
+        if (
+            len(set(classes)) < len(classes)
+            or len(classes) > num_classes
+            or max(classes, default=0) >= len(old)
+        ):
+            raise ValueError(
+                f"keep must be at most {num_classes} different classes in [0, {len(old)}), got "
+                f"{classes}"
+            )
+        groups = [] if optimizer is None else [group["params"] for group in optimizer.param_groups]
+        places = [(group, i) for group in groups for i, p in enumerate(group) if p is old]
+        if optimizer is not None and not places:
+            raise ValueError("the optimizer must have the proxies of the loss, got one without")
+
+        def of_kept(table: Any) -> Any:
+            if not isinstance(table, Tensor) or table.dim() == 0 or len(table) != len(old):
+                return table
+            new = table.new_zeros(num_classes, *table.shape[1:])
+            new[: len(classes)] = table[classes]
+            return new
+
+        proxies = of_kept(old.detach())
+        proxies[len(classes) :].normal_(std=self.embedding_size**-0.5)
+        new = nn.Parameter(proxies, old.requires_grad)
+        if optimizer is not None and old in optimizer.state:
+            state = {name: of_kept(value) for name, value in optimizer.state[old].items()}
+            del optimizer.state[old]
+            optimizer.state[new] = state
+        for group, i in places:
+            group[i] = new
+        self.num_classes, self.proxies = num_classes, new
 
     @torch.no_grad()
     def update_sketch(self, embeddings: Tensor) -> None:
@@ -337,6 +461,15 @@ class PFMLLoss(nn.Module):
     def training_calls(self, calls: int) -> None:
         self._calls.fill_(calls)
 
+    def _basis_for(self, embeddings: Tensor) -> Tensor | None:
+        """The basis of a call with these embeddings, which turn it; None takes a random one."""
+        if not self.prune or is_dry_run():
+            return None
+        basis = self._basis_on(embeddings.device)
+        if self.training and not embeddings.is_meta and not torch.compiler.is_exporting():
+            turn_basis(basis, self._calls, embeddings, self.normalize)
+        return basis
+
     def _basis_on(self, device: torch.device) -> Tensor:
         """The basis of the sketch, from now on on this device.
 
@@ -355,12 +488,10 @@ class PFMLLoss(nn.Module):
     def _labels_of_proxies(self) -> Tensor:
         """[C M] int64, where the proxies are. No buffer: to_empty() would leave it unfilled."""
         labels, device = self._proxy_labels, self.proxies.device
-        own = range(self.num_classes) if self._ranks is None else self._ranks.own_classes
-        shape = len(own), self.proxies_per_class
+        shape = self.num_classes, self.proxies_per_class
         if labels is None or labels.shape != shape or labels.device != device:
-            classes = torch.arange(own.start, own.stop, device=device)
-            labels = classes[:, None].repeat(1, shape[1])
-            if not torch.compiler.is_compiling():  # a graph makes them anew
+            labels = torch.arange(shape[0], device=device)[:, None].repeat(1, shape[1])
+            if not is_traced():  # a graph makes them anew
                 self._proxy_labels = labels
         return labels.flatten()
 
@@ -395,5 +526,4 @@ class PFMLLoss(nn.Module):
             f"delta_rep={p.repulsion_radius:g}, min_distance={p.min_distance:g}, "
             f"normalize={self.normalize}, reduction={self.reduction!r}, prune={self.prune}, "
             f"backend={self.backend!r}"
-            + ("" if self._ranks is None else f", ranks={self._ranks.size}")
         )

@@ -54,7 +54,12 @@ def is_transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-class _PotentialEnergy(torch.autograd.Function):
+def is_dry_run() -> bool:
+    """Are tensors fake, or a graph recorded by make_fx? Nothing of such a call may be kept."""
+    return is_traced() and not torch.compiler.is_compiling()
+
+
+class PotentialEnergy(torch.autograd.Function):
     """The value of the loss and its `TOTALS`; then what backward needs, None if it does not.
 
     The first two are of autograd. What else comes back, `pull_back` takes: the gradient in the
@@ -314,7 +319,7 @@ class _ClassPotential(torch.autograd.Function):
         if grad_output is not None and ctx.needs_grad:
             first = (grad * (grad_output + nothing)[:, None]).to(queries.dtype)
             if torch.is_grad_enabled():
-                first = _OnceDifferentiable.apply(first, queries)
+                first = OnceDifferentiable.apply(first, queries)
         return first, *(None,) * 11
 
 
@@ -324,9 +329,9 @@ _ONCE = (
 )
 
 
-class _OnceDifferentiable(torch.autograd.Function):
-    """The identity on a gradient that was computed in forward: it depends on the queries, but not
-    by way of a graph, so a second derivative would be wrong without a word."""
+class OnceDifferentiable(torch.autograd.Function):
+    """The identity on a gradient that has no graph: it depends on the points (which require a
+    gradient), so a second derivative would be wrong without a word."""
 
     generate_vmap_rule = True
 
@@ -376,8 +381,30 @@ def turn_basis(basis: Tensor, calls: Tensor, points: Tensor, unit: bool) -> None
     """`_turn_basis`, or its operator where there is a graph to be made."""
     if is_traced():
         torch.ops.pfml_triton.turn_basis(basis, calls, points.detach(), unit)
+    elif is_transformed():
+        _TurnBasis.apply(points.detach(), partial(_turn_basis, basis, calls), unit)
     else:
         _turn_basis(basis, calls, points, unit)
+
+
+class _TurnBasis(torch.autograd.Function):
+    """`_turn_basis` under torch.func: here the points are what is in its wrapped tensors."""
+
+    @staticmethod
+    def forward(points: Tensor, turn: Callable[[Tensor, bool], None], unit: bool) -> Tensor:
+        turn(points, unit)
+        return points.new_empty(0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int, ...], points: Tensor, turn: Any, unit: bool
+    ) -> tuple[Tensor, None]:
+        """All members turn it together, once."""
+        return _TurnBasis.apply(points.movedim(in_dims[0], 0).flatten(0, 1), turn, unit), None
 
 
 def _pairs(labels: Tensor, sources: Tensor | None, everyone: Tensor | None) -> int:
@@ -453,7 +480,7 @@ def _registered(function: Any) -> Callable[..., Any]:
     plain: Any = type(function.__name__, (torch.autograd.Function,), members)
 
     def call(*args: Any) -> Any:
-        if is_traced():
+        if is_traced() or args[0].is_meta:
             return operator(*args)
         if is_transformed():
             return function.apply(*args)
@@ -462,7 +489,7 @@ def _registered(function: Any) -> Callable[..., Any]:
     return call
 
 
-potential_energy = _registered(_PotentialEnergy)
+potential_energy = _registered(PotentialEnergy)
 class_potential = _registered(_ClassPotential)
 _pull_back = _registered(_PullBack)
 

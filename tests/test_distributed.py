@@ -7,24 +7,33 @@ rank's `World` that raises if it fails.
 from __future__ import annotations
 
 import copy
+import importlib.util
+import itertools
 import os
+import pickle
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
-from pfml_triton import PFMLLoss
+from pfml_triton import PFMLLoss, distributed, module, operators, torch_backend
+from pfml_triton.distributed import ShardedPFMLLoss
 from tests import interpreter  # noqa: F401  # in the processes as well
 
 C, M, D, B = 5, 2, 7, 12
@@ -39,21 +48,27 @@ class World:
     rank: int
     size: int
     folder: Path
+    met: int = 0  # times
+
+    def meet(self) -> None:
+        dist.init_process_group(
+            init_method=f"file://{self.folder}/meet{self.size}.{self.met}", rank=self.rank,
+            world_size=self.size, timeout=PATIENCE,
+        )  # fmt: skip
+        self.met += 1
 
     @property
-    def shard_of_last(self) -> int:
-        """Classes whose proxies the last rank holds."""
-        return max(C - (self.size - 1) * -(-C // self.size), 0)
+    def is_last(self) -> bool:
+        return self.rank == self.size - 1
 
-    def loss(self, **settings: Any) -> PFMLLoss:
-        return PFMLLoss(C, D, M, process_group=dist.group.WORLD, **SETTINGS | settings)
+    def loss(self, **settings: Any) -> ShardedPFMLLoss:
+        return ShardedPFMLLoss(C, D, M, **SETTINGS | settings)
 
-    def pair(self, **settings: Any) -> tuple[PFMLLoss, PFMLLoss]:
+    def pair(self, **settings: Any) -> tuple[ShardedPFMLLoss, PFMLLoss]:
         """The loss of many processes and that of one, with the same proxies."""
         many = self.loss(**settings)
         one = PFMLLoss(C, D, M, **SETTINGS | settings)
-        with torch.no_grad():
-            one.proxies.copy_(many.proxies.full_tensor())
+        one.load_state_dict(many.state_dict())
         return many, one
 
     def share(self, rows: int = B) -> slice:
@@ -77,6 +92,13 @@ def near(ours: Tensor, theirs: Tensor, allowed: float = 1e-6) -> None:
     )
 
 
+def same_on_all(world: World, ours: Tensor) -> None:
+    """Bit for bit."""
+    every = [torch.empty_like(ours) for _ in range(world.size)]
+    dist.all_gather(every, ours.detach().contiguous())
+    assert all(torch.equal(theirs, every[0]) for theirs in every)
+
+
 def gradients(world: World, dtype: torch.dtype, exact: bool, **settings: Any) -> None:
     many, one = world.pair(**settings)
     x, labels = batch(dtype=dtype)
@@ -91,21 +113,18 @@ def gradients(world: World, dtype: torch.dtype, exact: bool, **settings: Any) ->
     assert theirs.grad is not None
     rounding = {torch.bfloat16: 2.0**-7, torch.float64: 1e-12}.get(dtype, 1e-6)
     near(ours.grad / world.size, theirs.grad[world.share()], rounding)
-    proxies = many.proxies.grad
-    assert isinstance(proxies, DTensor)
-    near(proxies.full_tensor(), one.proxies.grad)
+    near(many.proxies.grad, one.proxies.grad)
     if exact:  # a row is the same sum
         assert torch.equal(ours.grad, world.size * theirs.grad[world.share()])
-        assert torch.equal(proxies.full_tensor(), one.proxies.grad)
+        assert torch.equal(many.proxies.grad, one.proxies.grad)
     stats, of_one = many.last_stats, one.last_stats
     assert stats is not None
     assert of_one is not None
     for name in ("attracting_pairs", "repelling_pairs", "smallest_distance"):
         near(stats[name], of_one[name])
     near(stats["active_energy"], of_one["active_energy"], 1e-5)
-    bits = [torch.empty(1) for _ in range(world.size)]
-    dist.all_gather(bits, value.detach().float().view(1))
-    assert all(torch.equal(b, bits[0]) for b in bits)
+    same_on_all(world, value)
+    same_on_all(world, many.proxies.grad)
 
 
 def gradients_of_torch(world: World) -> None:
@@ -132,8 +151,15 @@ def network_is_that_of_one(world: World, wrapped: Callable[[nn.Module], nn.Modul
     one(alone(x), labels).backward()
     ours = [*net.parameters(), many.proxies]
     for mine, theirs in zip(ours, [*alone.parameters(), one.proxies], strict=True):
-        grad = mine.grad
-        near(grad.full_tensor() if isinstance(grad, DTensor) else grad, theirs.grad)
+        near(whole(mine.grad), theirs.grad)
+
+
+def whole(x: Any) -> Tensor:
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def mesh_of(world: World) -> DeviceMesh:
+    return init_device_mesh("cpu", (world.size,))
 
 
 def network_under_ddp(world: World) -> None:
@@ -141,8 +167,114 @@ def network_under_ddp(world: World) -> None:
 
 
 def network_under_fsdp2(world: World) -> None:
-    mesh = world.loss().proxies.device_mesh
-    network_is_that_of_one(world, lambda net: fully_shard(net, mesh=mesh))
+    network_is_that_of_one(world, lambda net: fully_shard(net, mesh=mesh_of(world)))
+
+
+class Model(nn.Module):
+    """A network that owns its loss."""
+
+    def __init__(self, loss: PFMLLoss) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.net, self.loss = nn.Linear(4, D), loss
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        value: Tensor = self.loss(self.net(x), labels)
+        return value
+
+
+def with_the_loss(
+    world: World,
+    wrapped: Callable[[Model], Callable[..., Tensor]],
+    max_norm: float = 1e9,
+    scaler: torch.amp.GradScaler | None = None,
+) -> None:
+    """Three steps of a model that owns the loss, as those of one process.
+
+    All parameters are in one optimizer and clipped together, and an average follows them (which
+    fully_shard does not allow).
+    """
+    ours, theirs = (Model(loss).double() for loss in world.pair())
+    called, averages = wrapped(ours), []
+    for model, call, share in ((ours, called, world.share()), (theirs, theirs, slice(None))):
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        average = None if isinstance(model, FSDPModule) else AveragedModel(model)
+        for step in range(3):
+            x, labels = batch(depth=4, dtype=torch.float64)
+            optimizer.zero_grad()
+            value = call((x + step)[share], labels[share])
+            if model is ours and scaler is not None:
+                scaler.scale(value).backward()
+                scaler.unscale_(optimizer)
+            else:
+                value.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+            model.to("cpu")  # which must not lose a gradient
+            if model is ours and scaler is not None:
+                scaler.step(optimizer)
+                scaler.update()
+            else:
+                optimizer.step()
+            if average is not None:
+                average.update_parameters(model)
+        averages.append(average)
+    pairs = [(ours, theirs)] if averages[0] is None else [(ours, theirs), averages]
+    for a, b in pairs:
+        for mine, of_one in zip(a.parameters(), b.parameters(), strict=True):
+            near(whole(mine), of_one, 1e-9)
+    assert ours.loss.last_stats is not None
+    assert ours.loss.training_calls == theirs.loss.training_calls
+
+
+def in_a_model(world: World) -> None:
+    """Under each wrapper, clipped or not."""
+    for max_norm in (1e9, 10.0):
+        with_the_loss(world, DistributedDataParallel, max_norm)
+        with_the_loss(world, lambda model: each_wrapped(model), max_norm)
+        with_the_loss(world, lambda model: fully_shard(model, mesh=mesh_of(world)), max_norm)
+        with_the_loss(world, lambda model: both_sharded(model, mesh_of(world)), max_norm)
+    with_the_loss(world, DistributedDataParallel, 10.0, torch.amp.GradScaler("cpu"))
+    with_the_loss(
+        world, lambda model: DistributedDataParallel(model, find_unused_parameters=True), 10.0
+    )
+    with_the_loss(world, lambda model: DistributedDataParallel(model, static_graph=True), 10.0)
+
+
+def each_wrapped(model: Model) -> Callable[..., Tensor]:
+    """As `Accelerator.prepare(network, loss)` does it."""
+    net, loss = DistributedDataParallel(model.net), DistributedDataParallel(model.loss)
+    return lambda x, labels: loss(net(x), labels)
+
+
+def both_sharded(model: Model, mesh: DeviceMesh) -> Model:
+    fully_shard(model.loss, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def accumulation(world: World) -> None:
+    """Two batches a step, the first of them without averaging."""
+    ours, theirs = (Model(loss).double() for loss in world.pair())
+    ddp, share = DistributedDataParallel(ours), world.share()
+    x, labels = batch(depth=4, dtype=torch.float64)
+    with ddp.no_sync():
+        ddp(x[share], labels[share]).backward()
+    ddp(x[share] + 1, labels[share]).backward()
+    theirs(x, labels).backward()
+    theirs(x + 1, labels).backward()
+    for mine, of_one in zip(ours.parameters(), theirs.parameters(), strict=True):
+        near(mine.grad, of_one.grad, 1e-9)
+
+
+def sharded_and_called_from_outside(world: World) -> None:
+    """Where the hooks of fully_shard do not see it."""
+    many, _ = world.pair()
+    model = Model(many)
+    fully_shard(model, mesh=mesh_of(world))
+    x, labels = batch()
+    with pytest.raises(TypeError, match="proxies must be a plain parameter in forward, got a DTe"):
+        model.loss(x, labels)
+    with pytest.raises(TypeError, match="set_num_classes comes before fully_shard"):
+        model.loss.set_num_classes(C + 1, None)
 
 
 def training(world: World) -> None:
@@ -153,21 +285,22 @@ def training(world: World) -> None:
     alone = copy.deepcopy(net)
     ddp = DistributedDataParallel(net)
     steps = []
-    for module, loss in ((ddp, many), (alone, one)):
-        groups = [{"params": module.parameters()}, *loss.param_groups(lr=1e-3)]
-        steps.append((module, loss, torch.optim.Adam(groups, lr=1e-3)))
+    for model, loss in ((ddp, many), (alone, one)):
+        groups = [{"params": model.parameters()}, *loss.param_groups(lr=1e-3)]
+        steps.append((model, loss, torch.optim.Adam(groups, lr=1e-3)))
     for step in range(10):
         rows = B - step  # a batch of another size every time
         x, labels = batch(rows, 4, torch.float64)
-        for (module, loss, optimizer), share in zip(
+        for (model, loss, optimizer), share in zip(
             steps, (world.share(rows), slice(None)), strict=True
         ):
             optimizer.zero_grad()
-            loss(module(x[share]), labels[share]).backward()
+            loss(model(x[share]), labels[share]).backward()
             optimizer.step()
     for ours, theirs in zip(net.parameters(), alone.parameters(), strict=True):
         near(ours.detach(), theirs.detach(), 1e-9)
-    near(many.proxies.detach().full_tensor(), one.proxies.detach(), 1e-9)
+    near(many.proxies, one.proxies, 1e-9)
+    same_on_all(world, many.proxies)
     assert many.training_calls == one.training_calls == 10
 
 
@@ -197,30 +330,16 @@ def out_of_step(world: World) -> None:
 
 
 def a_loss_under_fsdp2(world: World) -> None:
-    """Without a process_group the proxies are whole in forward, and every rank's field its own."""
-    many, one = world.pair()
-    mesh = many.proxies.device_mesh
+    """One that is not sharded: the proxies are whole in forward, and every rank's field its own."""
+    _, one = world.pair()
     sharded = copy.deepcopy(one)
-    fully_shard(sharded, mesh=mesh)
+    fully_shard(sharded, mesh=mesh_of(world))
     x, labels = batch()
-    value, whole = sharded(x, labels), one(x, labels)
-    assert torch.equal(value, whole)
+    value, expected = sharded(x, labels), one(x, labels)
+    assert torch.equal(value, expected)
     value.backward()
-    whole.backward()
+    expected.backward()
     near(sharded.proxies.grad.full_tensor(), one.proxies.grad)
-
-
-def ddp_of_the_loss_is_refused(world: World) -> None:
-    """Its shards must not be broadcast over each other."""
-    even = PFMLLoss(2 * world.size, D, M, process_group=dist.group.WORLD)
-    before = even.proxies.to_local().clone()
-    with pytest.raises(RuntimeError):
-        DistributedDataParallel(even)
-    assert torch.equal(even.proxies.to_local(), before)
-    nested = nn.ModuleDict({"net": nn.Linear(3, D), "loss": even})
-    with pytest.raises(RuntimeError):
-        DistributedDataParallel(nested)
-    assert torch.equal(even.proxies.to_local(), before)
 
 
 def memory_bank(world: World) -> None:
@@ -235,14 +354,13 @@ def memory_bank(world: World) -> None:
     value.backward()
     whole.backward()
     near(ours.grad / world.size, theirs.grad[share])
-    near(many.proxies.grad.full_tensor(), one.proxies.grad)
-    with pytest.raises((ValueError, RuntimeError), match="ref_emb receives no force|refuses"):
+    near(many.proxies.grad, one.proxies.grad)
+    with pytest.raises((ValueError, RuntimeError), match="ref_emb receives no force|rank . of ."):
         many(ours, labels[share], ref_emb=ours, ref_labels=labels[share])
 
 
 def the_sketch_turns_alike(world: World) -> None:
-    many = PFMLLoss(C, 70, 1, process_group=dist.group.WORLD)
-    one = PFMLLoss(C, 70, 1)
+    many, one = ShardedPFMLLoss(C, 70, 1), PFMLLoss(C, 70, 1)
     x, labels = batch(depth=70)
     for _ in range(3):
         many(x[world.share()], labels[world.share()])
@@ -260,7 +378,7 @@ def no_batch_at_all(world: World) -> None:
     near(value, whole)
     value.backward()
     whole.backward()
-    near(many.proxies.grad.full_tensor(), one.proxies.grad)
+    near(many.proxies.grad, one.proxies.grad)
 
 
 def dtypes_that_differ(world: World) -> None:
@@ -289,10 +407,13 @@ def compiled_around(world: World) -> None:
 
 
 def no_proxies(world: World) -> None:
-    many = PFMLLoss(C, D, 0, process_group=dist.group.WORLD, **SETTINGS)
-    one = PFMLLoss(C, D, 0, **SETTINGS)
+    many, one = ShardedPFMLLoss(C, D, 0, **SETTINGS), PFMLLoss(C, D, 0, **SETTINGS)
     x, labels = batch()
-    near(many(x[world.share()], labels[world.share()]), one(x, labels))
+    ours = x[world.share()].clone().requires_grad_()
+    value = many(ours, labels[world.share()])
+    near(value, one(x, labels))
+    value.backward()
+    assert ours.grad is not None
 
 
 def nan_everywhere(world: World) -> None:
@@ -305,98 +426,227 @@ def nan_everywhere(world: World) -> None:
     value.backward()
     assert value.isnan()
     assert ours.grad.isnan().all()
-    assert many.proxies.grad.to_local().isnan().all()
+    assert many.proxies.grad.isnan().all()
+
+
+def all_in_error(world: World, of_last: Callable[[], Any], says: str, call: Any) -> None:
+    """What the last rank does is an error there, and what the others do is one that names it."""
+    with pytest.raises(BaseException) as caught:  # noqa: PT011
+        of_last() if world.is_last else call()
+    others = f"rank {world.size - 1} of {world.size} failed, and so do all: .*{says}"
+    assert caught.match(says if world.is_last else others)
 
 
 def one_rank_in_error(world: World) -> None:
     """Nobody hangs, everybody hears of it, and the next call works."""
     many, _ = world.pair()
     x, labels = batch()
-    share, last = world.share(), world.rank == world.size - 1
+    x, labels = x[world.share()], labels[world.share()]
     for bad, says in (
-        (lambda: many(x[share], labels[share] + C), r"labels must be in \[0, 5\)"),
-        (lambda: many(x[share][:, :3], labels[share]), r"embeddings must be \[B, 7\]"),
-        (lambda: many(x[share].numpy(), labels[share]), "embeddings must be a Tensor"),
+        (lambda: many(x, labels + C), r"labels must be in \[0, 5\)"),
+        (lambda: many(x[:, :3], labels), r"embeddings must be \[B, 7\]"),
+        (lambda: many(x.numpy(), labels), "embeddings must be a Tensor"),
+        (lambda: many(x, labels, object()), "indices_tuple must be None"),
+        (lambda: many(x, labels, None, x), "ref_emb and ref_labels go together"),
+        (lambda: torch.func.grad(lambda x: many(x, labels))(x), "cannot be called under torch.fu"),
     ):
-        with pytest.raises(Exception) as caught:  # noqa: PT011
-            bad() if last else many(x[share], labels[share])
-        if last:
-            assert isinstance(caught.value, (TypeError, ValueError))
-            assert caught.match(says)
-        else:
-            assert caught.match(f"rank {world.size - 1} of {world.size} refuses")
-    assert many(x[share], labels[share]).isfinite()
-    if last:
+        all_in_error(world, bad, says, lambda: many(x, labels))
+        assert many(x, labels).isfinite()
+    if world.is_last:
         many.num_classes += 1
-    with pytest.raises(Exception) as caught:  # noqa: PT011
-        many(x[share], labels[share])
-    assert caught.match("proxies must be" if last else "refuses")
+    all_in_error(world, lambda: many(x, labels), "proxies must be", lambda: many(x, labels))
     many.num_classes = C
     many.validate = True
-    if last and many.proxies.to_local().numel():
+    if world.is_last:
         with torch.no_grad():
-            many.proxies.to_local()[0, 0, 0] = torch.nan
-        with pytest.raises(ValueError, match="proxies must be finite"):
-            many(x[share], labels[share])
-    elif world.shard_of_last:
-        with pytest.raises(RuntimeError, match="refuses"):
-            many(x[share], labels[share])
+            many.proxies[0, 0, 0] = torch.nan
+    if world.size == 1:  # the last rank's share of the proxies, if it has any, is not all
+        all_in_error(world, lambda: many(x, labels), "proxies must be finite", None)
+
+
+FAULTS = (RuntimeError("no luck"), MemoryError("too much"), KeyboardInterrupt("stop"))
+
+
+def one_rank_fails_anywhere(world: World) -> None:
+    """Wherever that is in a step, before, between and after the collectives."""
+    x, labels = batch(depth=70)
+    x, labels = x[world.share()], labels[world.share()]
+
+    def step(loss: ShardedPFMLLoss) -> None:
+        loss(x.clone().requires_grad_(), labels).backward()
+
+    places = (
+        (distributed, "_packed"), (distributed.Ranks, "room"), (distributed, "total_energy"),
+        (distributed.Ranks, "share"), (operators.PotentialEnergy, "forward"),
+        (operators.PotentialEnergy, "backward"), (operators, "turn_now"), (module, "turn_basis"),
+        (torch_backend, "field_terms"), (torch_backend, "pull_back"), (torch, "promote_types"),
+    )  # fmt: skip
+    for (owner, name), fault, warm in itertools.product(places, FAULTS, (0, 1)):
+        loss = ShardedPFMLLoss(C, 70, 1)
+        for _ in range(warm):  # more memory is wanted in the first call
+            step(loss)
+        loss.training_calls = 0
+        call = partial(step, loss)
+        failing = mock.patch.object(owner, name, side_effect=fault)
+        with failing if world.is_last else nullcontext():
+            all_in_error(world, call, str(fault), call)
+        loss.zero_grad()
+        call()
+        assert loss.proxies.grad.isfinite().all()
+
+
+def ranks_out_of_step(world: World) -> None:
+    """A rank that goes on without backward meets the others there."""
+    if world.size == 1:
+        return
+    many, _ = world.pair()
+    x, labels = batch()
+    value = many(x[world.share()], labels[world.share()])
+    with pytest.raises(RuntimeError, match="equally often, forward and backward, got .*'forward'"):
+        many(x, labels) if world.is_last else value.backward()
+    assert many(x, labels).isfinite()
+
+
+def tensors_of_any_layout(world: World) -> None:
+    """A tensor of one element passes for contiguous, whatever its stride."""
+    many, one = world.pair()
+    wide, labels = batch(2 * world.size * 5)
+    pairs = torch.stack([labels, labels + 1], 1)
+    for start in (0, 1):
+        for rows in (0, 1, 2, 3):
+            mine = slice(rows * world.rank, rows * (world.rank + 1))
+            every = slice(rows * world.size)
+            for x, y in (
+                (wide[start::2], pairs[start::2, 0]),
+                (wide[:, :1].expand(-1, D), labels.flip(0)[:1].expand(len(labels))),
+                (wide.T.contiguous().T, labels.to(torch.uint8)),
+                (torch.stack([wide, wide], 2)[..., start], pairs.to(torch.int16)[:, 0]),
+            ):
+                ours = x[mine].detach().requires_grad_()
+                value = many(ours, y[mine], None, x[mine], y[mine])
+                value.backward()
+                near(value, one(x[every], y[every], None, x[every], y[every]))
+                assert ours.grad.shape == ours.shape
 
 
 def losses_that_differ(world: World) -> None:
     x, labels = batch()
-    grown = world.loss()
-    grown.num_classes = C + 1
-    grown.proxies = PFMLLoss(C + 1, D, M, process_group=dist.group.WORLD).proxies
-    with pytest.raises(ValueError, match="num_classes cannot change with a process_group"):
-        grown(x, labels)
     if world.size == 1:
         return
-    ours = PFMLLoss(C, D, M + (world.rank == 0), process_group=dist.group.WORLD)
-    with pytest.raises(ValueError, match=r"one C, M and D on all ranks, got \[\[5, 3, 7\], \[5, 2"):
-        ours(x, labels)
+    first = world.rank == 0
+    for settings in (
+        {"proxies_per_class": M + first}, {"num_classes": C + first}, {"normalize": first},
+        {"alpha": 2.0 + first}, {"reduction": ("sum", "mean")[first]},
+    ):  # fmt: skip
+        given = {"num_classes": C, "embedding_size": D, "proxies_per_class": M} | settings
+        with pytest.raises(ValueError, match="the same loss, got on rank 0 proxies"):
+            ShardedPFMLLoss(**given)(x, labels)
+    for changed in (
+        lambda loss: loss.train(first), lambda loss: loss.requires_grad_(first),
+        lambda loss: loss.double() if first else loss,
+    ):  # fmt: skip
+        loss = world.loss()
+        changed(loss)
+        with pytest.raises(ValueError, match="the same loss, got on rank 0 proxies"):
+            loss(x, labels)
 
 
 def dtensors_are_refused(world: World) -> None:
-    many, one = world.pair()
     x, labels = batch()
-    mesh = many.proxies.device_mesh
-    for loss in (many, one):
+    for loss in world.pair():
         with pytest.raises(TypeError, match=r"embeddings must be a plain Tensor, .*to_local"):
-            loss(distribute_tensor(x, mesh, [Replicate()]), labels)
+            loss(distribute_tensor(x, mesh_of(world), [Replicate()]), labels)
         with pytest.raises(TypeError, match=r"labels must be a plain Tensor, .*to_local"):
-            loss(x, distribute_tensor(labels, mesh, [Replicate()]))
+            loss(x, distribute_tensor(labels, mesh_of(world), [Replicate()]))
 
 
-def initial_proxies(world: World) -> None:
-    """Alike for every number of ranks, and of another draw for another seed."""
-    torch.manual_seed(world.rank)  # that of rank 0 decides
-    many = PFMLLoss(600, 3, 1, process_group=dist.group.WORLD)
-    full = many.proxies.detach().full_tensor()
-    expected = torch.empty(0, 1, 3)
-    torch.manual_seed(0)
-    seed = int(torch.randint(2**31, (1,)))
-    for first in (0, 256, 512):
-        generator = torch.Generator().manual_seed(seed + first)
-        block = torch.empty(256, 1, 3).normal_(std=3**-0.5, generator=generator)
-        expected = torch.cat([expected, block])
-    assert torch.equal(full, expected[:600])
-    local = many.proxies.to_local()
-    assert len(local) == min(-(-600 // world.size), 600 - -(-600 // world.size) * world.rank)
+def proxies_of_rank_0(world: World) -> None:
+    """At first, and after all that draws or loads them."""
+    torch.manual_seed(world.rank)
+    loss = ShardedPFMLLoss(C, D, M, **SETTINGS)
+    x, labels = batch()
+    labels = labels.clamp_max(C - 2)
+    optimizer = torch.optim.Adam(loss.parameters(), lr=0.1)
+    for changed in (
+        lambda: None,
+        lambda: loss.reset_parameters(),
+        lambda: loss.load_state_dict(PFMLLoss(C, D, M).state_dict()),
+        lambda: loss.set_num_classes(C + 2, optimizer),
+        lambda: loss.set_num_classes(C - 1, optimizer, keep=[2, 6]),
+    ):
+        changed()
+        ours = loss.proxies.detach().clone()
+        every = [torch.empty_like(ours) for _ in range(world.size)]
+        dist.all_gather(every, ours)
+        assert all(not torch.equal(other, every[0]) for other in every[1:])
+        optimizer.zero_grad()
+        loss(x[world.share()], labels[world.share()]).backward()
+        assert torch.equal(loss.proxies, every[0])
+        optimizer.step()
+        same_on_all(world, loss.proxies)
+        assert not torch.equal(loss.proxies, every[0])
+
+
+def built_before_there_is_a_group(world: World) -> None:
+    """The group of a call is the one that there is then."""
+    one, x, labels = PFMLLoss(C, D, M), *batch()
+    loss = ShardedPFMLLoss(C, D, M)
+    loss.load_state_dict(one.state_dict())
+    dist.destroy_process_group()
+    with pytest.raises(RuntimeError, match=r"there is none yet: call .*init_process_group\(\)"):
+        loss(x, labels)
+    for _ in range(2):
+        world.meet()
+        near(loss(x[world.share()], labels[world.share()]), one(x, labels))
+        dist.destroy_process_group()
+    world.meet()
+
+
+def groups_of_some_ranks(world: World) -> None:
+    """Those that are given, and copies of the loss keep."""
+    groups = [dist.new_group([rank]) for rank in range(world.size)]
+    loss = ShardedPFMLLoss(C, D, M, process_group=groups[world.rank])
+    one = PFMLLoss(C, D, M)
+    one.load_state_dict(loss.state_dict())
+    x, labels = batch()
+    x = x + world.rank
+    assert torch.equal(copy.deepcopy(loss)(x, labels), one(x, labels))
+    with pytest.raises(TypeError, match="a process_group cannot be pickled: leave it out"):
+        pickle.dumps(loss)
+    twin = pickle.loads(pickle.dumps(world.loss()))
+    assert twin(x, labels).isfinite()
+    if world.size > 1:
+        with pytest.raises(TypeError, match="process_group must be .* that this rank is in"):
+            ShardedPFMLLoss(C, D, process_group=groups[world.rank - 1])
+
+
+def no_backend_for_the_cpu(world: World) -> None:
+    """As NCCL alone: the hosts have a group of their own."""
+    x, labels = batch()
+    many, one = world.pair()
+    with mock.patch.object(dist, "get_backend_config", return_value="cuda:nccl"):
+        near(many(x[world.share()], labels[world.share()]), one(x, labels))
+    assert many._ranks._hosts is not dist.group.WORLD
 
 
 def state(world: World) -> None:
     """Saved by as many ranks, with the state of Adam: read by other numbers, see below."""
-    torch.manual_seed(3)
-    many, _ = world.pair()
-    optimizer = torch.optim.Adam(many.parameters(), lr=0.1)
-    x, labels = batch()
-    many(x[world.share()], labels[world.share()]).backward()
-    optimizer.step()
-    dcp.save(saved(many, optimizer), checkpoint_id=world.folder / f"state{world.size}")
-    assert list(many.state_dict()) == ["proxies"]
-    twin = copy.deepcopy(many)
-    assert torch.equal(twin.proxies.full_tensor(), many.proxies.full_tensor())
+    for name, wrapped in STATES.items():
+        torch.manual_seed(3)
+        many, _ = world.pair()
+        loss = wrapped(many, world)
+        optimizer = torch.optim.Adam(loss.parameters(), lr=0.1)
+        x, labels = batch()
+        loss(x[world.share()], labels[world.share()]).backward()
+        optimizer.step()
+        assert list(many.state_dict()) == ["proxies", "_extra_state"]
+        dcp.save(saved(loss, optimizer), checkpoint_id=world.folder / f"{name}{world.size}")
+
+
+STATES: dict[str, Callable[[PFMLLoss, World], PFMLLoss]] = {
+    "plain": lambda loss, world: loss,
+    "sharded": lambda loss, world: fully_shard(loss, mesh=mesh_of(world)),
+}
 
 
 def saved(loss: PFMLLoss, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -404,26 +654,50 @@ def saved(loss: PFMLLoss, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def state_of_others(world: World) -> None:
-    """What the first ranks saved, on fewer, and with a loss of one process."""
-    folder = max(world.folder.glob("state*"))  # whose ranks were the most
-    for loss in world.pair():
-        optimizer = torch.optim.Adam(loss.parameters(), lr=0.1)
-        loss.proxies.grad = torch.zeros_like(loss.proxies)
-        optimizer.step()  # makes the state
-        with torch.no_grad():
-            loss.proxies.zero_()
-        into = saved(loss, optimizer)
-        dcp.load(into, checkpoint_id=folder)
-        found = [loss.proxies.detach(), *(into["adam"][0][k] for k in ("exp_avg", "exp_avg_sq"))]
-        whole = [t.full_tensor() if isinstance(t, DTensor) else t for t in found]
-        assert all(t.any() for t in whole)
-        reference = world.folder / "found.pt"
-        if reference.exists():
-            for ours, theirs in zip(whole, torch.load(reference), strict=True):
-                assert torch.equal(ours, theirs)
-        elif world.rank == 0:
-            torch.save(whole, world.folder / "part of it")
-            (world.folder / "part of it").rename(reference)  # the other ranks look for it
+    """What the first ranks saved, on fewer, sharded or not, and with a loss of one process."""
+    sizes = {int(path.name.removeprefix("plain")) for path in world.folder.glob("plain*")}
+    found = []
+    for name, wrapped in itertools.product(STATES, STATES.values()):
+        for loss in world.pair():
+            loss = wrapped(loss, world)
+            optimizer = torch.optim.Adam(loss.parameters(), lr=0.1)
+            loss.proxies.grad = torch.zeros_like(loss.proxies)
+            optimizer.step()  # makes the state
+            with torch.no_grad():
+                loss.proxies.zero_()
+            into = saved(loss, optimizer)
+            dcp.load(into, checkpoint_id=world.folder / f"{name}{max(sizes)}")
+            loss.load_state_dict(into["loss"])
+            assert loss.training_calls == 1
+            of_adam = into["adam"][0]
+            parts = loss.proxies.detach(), of_adam["exp_avg"], of_adam["exp_avg_sq"]
+            found.append([whole(t) for t in parts])
+    assert all(t.any() for t in found[0])
+    for parts in found[1:]:
+        for ours, theirs in zip(parts, found[0], strict=True):
+            near(ours, theirs, 1e-6)
+
+
+def from_one_process_and_back(world: World) -> None:
+    """State dicts and safetensors, which know nothing of ranks."""
+    many, one = world.pair()
+    x, labels = batch(depth=D)
+    many(x[world.share()], labels[world.share()])
+    one.load_state_dict(many.state_dict())
+    assert one.training_calls == 1
+    path = world.folder / f"loss{world.size}.{world.rank}.safetensors"
+    safetensors = pytest.importorskip("safetensors.torch") if has_safetensors() else None
+    if safetensors is not None:
+        safetensors.save_file(one.state_dict(), path)
+        world.loss().load_state_dict(safetensors.load_file(path))
+    again = world.loss()
+    again.load_state_dict(one.state_dict())
+    assert again.training_calls == 1
+    near(again(x[world.share()], labels[world.share()]), one(x, labels))
+
+
+def has_safetensors() -> bool:
+    return importlib.util.find_spec("safetensors") is not None
 
 
 def casts_and_moves(world: World) -> None:
@@ -431,29 +705,35 @@ def casts_and_moves(world: World) -> None:
     optimizer = torch.optim.SGD(many.parameters(), lr=1.0)
     many.double().to("cpu")
     assert many.proxies.dtype == torch.float64
-    assert many.proxies.to_local().dtype == torch.float64
     assert optimizer.param_groups[0]["params"][0] is many.proxies
     x, labels = batch(dtype=torch.float64)
     many(x[world.share()], labels[world.share()]).backward()
+    many.to("cpu")
     assert many.proxies.grad is not None
+    ours = x[world.share()].requires_grad_()
+    for leaf in (ours, many.proxies):
+        value = many(ours, labels[world.share()])
+        (grad,) = torch.autograd.grad(value, leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiable once"):
+            (grad.sum() + leaf.sum()).backward()
 
 
 CHECKS: tuple[Callable[[World], None], ...] = (
     gradients_of_torch, gradients_of_the_kernels, network_under_ddp, training, out_of_step,
-    network_under_fsdp2, a_loss_under_fsdp2, ddp_of_the_loss_is_refused, memory_bank,
-    the_sketch_turns_alike, no_batch_at_all, dtypes_that_differ, compiled_around, no_proxies,
-    nan_everywhere, one_rank_in_error, losses_that_differ, dtensors_are_refused,
-    initial_proxies, state, state_of_others, casts_and_moves,
+    network_under_fsdp2, in_a_model, accumulation, sharded_and_called_from_outside,
+    a_loss_under_fsdp2, memory_bank, the_sketch_turns_alike, no_batch_at_all, dtypes_that_differ,
+    compiled_around, no_proxies, nan_everywhere, one_rank_in_error, one_rank_fails_anywhere,
+    ranks_out_of_step, tensors_of_any_layout, losses_that_differ, dtensors_are_refused,
+    proxies_of_rank_0, groups_of_some_ranks, no_backend_for_the_cpu, state, state_of_others,
+    from_one_process_and_back, casts_and_moves, built_before_there_is_a_group,
 )  # fmt: skip
 
 
 def work(rank: int, size: int, folder: Path) -> None:
     """All checks, on one rank; what fails is written down."""
     torch.set_num_threads(1)
-    dist.init_process_group(
-        init_method=f"file://{folder}/meet{size}", rank=rank, world_size=size, timeout=PATIENCE
-    )
     world, failures = World(rank, size, folder), {}
+    world.meet()
     for check in CHECKS:
         torch.manual_seed(0)
         try:
@@ -486,7 +766,7 @@ def failures_of(size: int, folder: Path) -> str:
 @pytest.mark.parametrize("group", ["nccl", -100, True])  # -100 has a rank that is not in the group
 def test_what_is_no_group(group: Any) -> None:
     with pytest.raises(TypeError, match=f"process_group must be .* got {group!r}"):
-        PFMLLoss(C, D, process_group=group)
+        ShardedPFMLLoss(C, D, process_group=group)
 
 
 @pytest.mark.usefixtures("loopback")

@@ -509,8 +509,26 @@ def on_meta(classes: int, depth: int) -> PFMLLoss:
     return loss
 
 
-def test_the_sketch_is_not_saved() -> None:
-    assert list(PFMLLoss(4, 100, 2).state_dict()) == ["proxies"]
+@pytest.mark.parametrize("depth", [1, 6, 70])
+def test_the_sketch_is_saved(depth: int) -> None:
+    """Byte by byte, in a tensor that may be cast on its way."""
+    loss, fresh = PFMLLoss(4, depth, 2), PFMLLoss(4, depth, 2)
+    loss.training_calls = 1_234_567_890_123
+    loss.update_sketch(low_rank_batch(20, depth))
+    state = loss.state_dict()
+    assert list(state) == ["proxies", "_extra_state"]
+    for cast in (torch.uint8, torch.bfloat16, torch.float16, torch.float64):
+        fresh.training_calls, fresh.sketch_basis = 0, torch.zeros_like(fresh.sketch_basis)
+        fresh.load_state_dict(state | {"_extra_state": state["_extra_state"].to(cast)})
+        assert fresh.training_calls == 1_234_567_890_123
+        assert torch.equal(fresh.sketch_basis, loss.sketch_basis)
+    state["_extra_state"].random_(0, 256)  # of a wrong file
+    fresh.load_state_dict(state)
+    assert fresh.training_calls >= 0
+    assert torch.linalg.matrix_norm(fresh.sketch_basis.double(), 2) <= 1
+    for wrong in (torch.zeros(8, dtype=torch.uint8), None, {"basis": 1}):
+        with pytest.raises(ValueError, match=f"embedding_size = {depth} must be .* got"):
+            fresh.set_extra_state(wrong)
 
 
 def test_pruning_changes_nothing_in_a_trained_embedding(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,6 @@ from bench.recipes import Recipe
 from bench.retrieval.images import Images, Labels
 from bench.retrieval.losses import proxies_of
 from bench.retrieval.networks import EmbeddingNetwork
-from pfml_triton import PFMLLoss
 
 Progressed = Callable[["Training"], None]
 
@@ -140,7 +139,6 @@ class Training:
         return {
             "network": self.network.state_dict(),
             "loss": self.loss.state_dict(),
-            "sketch": self._sketch(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "epoch": self.epoch,
@@ -152,20 +150,10 @@ class Training:
             "device_random": torch.cuda.get_rng_state(self.device) if self._on_gpu else None,
         }
 
-    def _sketch(self) -> dict[str, Any]:
-        """What PFMLLoss keeps for its speed: it decides the order of the CPU's sums."""
-        if not isinstance(self.loss, PFMLLoss):
-            return {}
-        loss = self.loss
-        return {"basis": loss.sketch_basis, "training_calls": loss.training_calls}
-
     def resume(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken, of a training with the same recipe and images."""
         self.network.load_state_dict(state["network"])
         self.loss.load_state_dict(state["loss"])
-        if isinstance(self.loss, PFMLLoss):
-            self.loss.sketch_basis = state["sketch"]["basis"]
-            self.loss.training_calls = state["sketch"]["training_calls"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.epoch, self.step = state["epoch"], state["step"]
