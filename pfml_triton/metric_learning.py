@@ -105,8 +105,7 @@ class CrossBatchMemory(losses.CrossBatchMemory):  # type: ignore[misc]
                 f"embedding_size must be that of the loss, {loss.embedding_size}, "
                 f"got {embedding_size!r}"
             )
-        if memory_size < 1:
-            raise ValueError(f"memory_size must be >= 1, got {memory_size}")
+        memory_size = module._size(1)("memory_size", memory_size)
         if miner is not None:
             raise ValueError(
                 "miner must be None: PFML takes every pair, so there are no tuples to mine, "
@@ -123,6 +122,8 @@ class CrossBatchMemory(losses.CrossBatchMemory):  # type: ignore[misc]
     def check_loss_support(cls, loss_name: str) -> None:
         """Nothing: the library asks for the name, and __init__ for the type."""
 
+    # The loss is one operator with nothing to fuse, and each position would make another graph.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(
         self,
         embeddings: Tensor,

@@ -17,7 +17,7 @@ from .potential import Potential
 from .serving import BACKENDS
 from .sketch import is_traced, random_basis, sound_basis
 
-_PATIENCE = 100  # training calls in which proxies that get no optimiser's step go unnoticed
+_PATIENCE = 40  # training calls, see `PFMLLoss._watch`
 
 
 def _size(least: int) -> Callable[[str, Any], int]:
@@ -54,6 +54,12 @@ def _of_the_potential(name: str, value: Any) -> None:
         f"{name} is a field of the potential, which cannot be changed: assign "
         f"loss.potential = dataclasses.replace(loss.potential, {name}={value!r})"
     )
+
+
+def _checksum(x: Tensor) -> Tensor:
+    """Another number, almost surely, once a bit of `x` has changed: int64, on its device."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize]
+    return x.detach().view(bits).sum(dtype=torch.int64)
 
 
 # What may be assigned, in the constructor and later.
@@ -128,6 +134,7 @@ class PFMLLoss(nn.Module):
 
     proxies: nn.Parameter
     _unmoved: tuple[int, int] | None  # see `_watch`
+    _bits: Tensor
 
     def __init__(
         self,
@@ -170,9 +177,9 @@ class PFMLLoss(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         check = _CHECKS.get(name)
+        super().__setattr__(name, value if check is None else check(name, value))
         if name == "proxies":
             self._unmoved = 0, -1  # fully_shard takes turns of two parameters
-        super().__setattr__(name, value if check is None else check(name, value))
 
     def forward(
         self,
@@ -224,32 +231,40 @@ class PFMLLoss(nn.Module):
 
     def _keep(self, totals: Tensor) -> None:
         """For `last_stats`."""
-        if torch.compiler.is_exporting() or is_dry_run():
+        if torch.compiler.is_exporting() or is_dry_run() or totals.is_meta:
             return
         self._totals = None if is_transformed() else totals
         if self._unmoved is not None and self.training and not torch.compiler.is_compiling():
             self._watch(*self._unmoved)
 
     def _watch(self, calls: int, version: int) -> None:
-        """Warn if the proxies have not changed for `_PATIENCE` training calls; once at most.
+        """Warn once if the proxies never change; a call in training, without waiting for a device.
 
-        An optimiser's step changes their version, which is known without waiting for a device.
+        An optimizer's step gives them another version, but for a fused one's. If there is none for
+        long, their bits are compared, and what was found is read when it has arrived.
         """
         proxies = self.proxies
         if not (proxies.requires_grad and torch.is_grad_enabled()) or proxies.numel() == 0:
             return
+        if proxies.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        self._unmoved = calls + 1, proxies._version
         if calls > 0 and proxies._version != version:
             self._unmoved = None
-        elif calls < _PATIENCE:
-            self._unmoved = calls + 1, proxies._version
-        else:
+        elif calls == _PATIENCE:
+            self._bits = _checksum(proxies)
+        elif calls == 2 * _PATIENCE:
+            same = torch.zeros((), dtype=torch.bool, device="cpu", pin_memory=proxies.is_cuda)
+            self._bits = same.copy_(_checksum(proxies) == self._bits, non_blocking=True)
+        elif calls == 3 * _PATIENCE:
             self._unmoved = None
-            warnings.warn(
-                f"the proxies have not changed in {calls} training calls: give them to the "
-                "optimizer, which loss.param_groups(lr) does, or freeze them with "
-                "loss.proxies.requires_grad_(False)",
-                stacklevel=6,  # the call
-            )
+            if self._bits:
+                warnings.warn(
+                    f"the proxies have not changed in {calls} training calls: give them to the "
+                    "optimizer, which loss.param_groups(lr) does, or freeze them with "
+                    "loss.proxies.requires_grad_(False)",
+                    stacklevel=6,  # the call
+                )
 
     def _check_call(
         self,
