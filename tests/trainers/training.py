@@ -34,6 +34,11 @@ def samples() -> tuple[Tensor, Tensor]:
     return images, torch.randint(CLASSES, (rows,), generator=generator)
 
 
+def rank() -> int:
+    """Of torchrun, 0 without it."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def ranks() -> int:
     """Of torchrun, 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -57,16 +62,16 @@ def kept(network: nn.Module, loss: PFMLLoss, optimizer: torch.optim.Optimizer) -
 def main(train: Train) -> None:
     """Every run of this number of processes, into the folder that is named."""
     torch.set_num_threads(1)
-    folder, rank = Path(sys.argv[1]), int(os.environ.get("RANK", "0"))
+    folder = Path(sys.argv[1])
     runs: dict[str, Run] = {}
     for name, kind in LOSSES.items():
         if ranks() == 1 and kind is ShardedPFMLLoss:
             continue
         for is_resumed in (False, True):
-            torch.manual_seed(100 * is_resumed + rank)  # ranks and runs begin differently
+            torch.manual_seed(100 * is_resumed + rank())  # ranks and runs begin differently
             network = nn.Sequential(nn.Linear(INPUTS, 16), nn.Tanh(), nn.Linear(16, DEPTH))
             loss = kind(CLASSES, DEPTH, PROXIES, **SETTINGS)
             start = loss.proxies.detach().clone()
             run = train(network, loss, folder / f"{name} of {ranks()}", is_resumed)
             runs[f"{name}, resumed" if is_resumed else name] = run | {"start": start}
-    torch.save(runs, folder / f"rank {rank} of {ranks()}")
+    torch.save(runs, folder / f"rank {rank()} of {ranks()}")

@@ -9,10 +9,10 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from pfml_triton import PFMLLoss
-from tests.trainers.training import EPOCHS, LR, ROWS, Run, kept, main, ranks, samples
+from tests.trainers.training import EPOCHS, LR, ROWS, Run, kept, main, rank, ranks, samples
 
 
 class Retrieval(lightning.LightningModule):
@@ -45,7 +45,10 @@ def train(network: nn.Module, loss: PFMLLoss, folder: Path, is_resumed: bool) ->
         default_root_dir=folder,
         **quiet,
     )
-    loader = DataLoader(TensorDataset(*samples()), ROWS // ranks())
+    data = TensorDataset(*samples())
+    # On many processes Lightning shuffles; with this, on one as well, and alike.
+    sampler = DistributedSampler(data, ranks(), rank())
+    loader = DataLoader(data, ROWS // ranks(), sampler=sampler)
     trainer.fit(module, loader, ckpt_path=folder / "epoch=0.ckpt" if is_resumed else None)
     return kept(module.model, module.loss_fn, trainer.optimizers[0])
 
