@@ -76,8 +76,10 @@ def ranks_agree(runs: Runs) -> None:
 def one_field_is_that_of_one_process(runs: Runs) -> None:
     many, alone = runs[0, 2]["one field"], runs[0, 1]["own field"]
     same(many, alone, "start", "calls")
-    for name in ("network", "proxies", "statistics"):
-        torch.testing.assert_close(many[name], alone[name], rtol=1e-5, atol=1e-5)
+    # Adam is blind to a factor of the gradient; its state is not.
+    near = {"network": 1e-5, "proxies": 1e-5, "statistics": 1e-5, "optimizer": 1e-4}
+    for name, allowed in near.items():
+        torch.testing.assert_close(many[name], alone[name], rtol=allowed, atol=allowed)
     assert alone["statistics"]["repelling_pairs"] > 0  # or it would compare half of the forces
 
 
