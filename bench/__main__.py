@@ -335,7 +335,8 @@ def _add_ranks(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "ranks",
         help="the loss over 1 to 4 processes: bytes on the wire, work and memory of each (minutes)",
-        description="Call PFMLLoss with a process_group, forward and backward, over as many "
+        description="Call ShardedPFMLLoss, forward and backward, with its proxies on every rank "
+        "and with those that fully_shard shares out, over as many "
         "processes of this machine as are asked for, with gloo. Gradients are held against those "
         "of one process first. Times are not taken: the processes share the cores. --plan prints "
         "what a rank of many GPUs would need, by the formulas of bench/plan.py, and measures "

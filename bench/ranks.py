@@ -190,7 +190,7 @@ def _table(name: str, rows: list[Row]) -> Table:
         box=SIMPLE_HEAD,
     )
     for column in (
-        "ranks", "proxies", "rank", "rows", "forward, MB", "backward, MB", "GFLOP", "call, MiB",
+        "ranks", "proxies", "rank", "rows", "fwd, MB", "bwd, MB", "GFLOP", "call, MiB",
         "state, MiB",
     ):  # fmt: skip
         table.add_column(column, justify="right")
