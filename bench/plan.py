@@ -44,8 +44,14 @@ class Need:
 
     @property
     def state(self) -> int:
-        """Proxies, their gradient and the two moments of Adam, float32."""
-        return 4 * 4 * DEPTH * -(-self.classes // self.ranks)
+        """Proxies, their gradient and the two moments of Adam, float32, all on every rank."""
+        return 4 * 4 * DEPTH * self.classes
+
+    @property
+    def sharded_state(self) -> int:
+        """The same under fully_shard, which has all proxies in forward and all of their gradient in
+        backward."""
+        return self.state // self.ranks + 4 * DEPTH * self.classes
 
     @property
     def gathered(self) -> int:
@@ -60,7 +66,7 @@ class Need:
 
     @property
     def wire(self) -> int:
-        """Received by a rank: the points of all others, float32."""
+        """Received by a rank, float32: the batches of all others, and the gradient of proxies."""
         return 4 * DEPTH * (self.points - self.rows)
 
     @property
@@ -75,22 +81,25 @@ class Need:
 
     @property
     def memory(self) -> int:
-        return self.state + self.gathered + self.bitmap
+        return min(self.state, self.sharded_state) + self.gathered + self.bitmap
 
 
 def as_markdown() -> str:
     """The table of bench/SCALE.md."""
     lines = [
-        "| classes | GPUs | rows of a rank | proxies and Adam, GB | all points, GB | bitmap, GB | "
+        "| classes | GPUs | rows of a rank | proxies and Adam, GB | under fully_shard, GB | "
+        "all points, GB | bitmap, GB | "
         f"fits {MEMORY / 1e9:.0f} GB | wire, GB | s at 400 Gb/s | of sketches, s | filter, s |",
-        "|" + " --- |" * 11,
+        "|" + " --- |" * 12,
     ]
     for classes in CLASSES:
         for ranks in RANKS:
             need = Need(classes, ranks)
             cells = [
                 f"{classes:,}", f"{ranks:,}", f"{need.rows:,}",
-                *(f"{b / 1e9:,.3g}" for b in (need.state, need.gathered, need.bitmap)),
+                *(f"{b / 1e9:,.3g}" for b in (
+                    need.state, need.sharded_state, need.gathered, need.bitmap
+                )),
                 "yes" if need.memory < MEMORY else "no", f"{need.wire / 1e9:,.3g}",
                 *(f"{s:,.2g}" for s in (
                     need.wire / LINK, need.wire_of_sketches / LINK, need.filter_seconds
