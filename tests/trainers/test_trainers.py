@@ -1,4 +1,4 @@
-"""Lightning, Accelerate and the Hugging Face Trainer, on one process and on two."""
+"""Lightning, Accelerate and the Hugging Face Trainer: without torchrun, on one rank and on two."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ PROGRAMS = {
     "accelerate": "with_accelerate",
     "transformers": "with_hugging_face",
 }
-WORLDS = [(0, 1), (0, 2), (1, 2)]  # rank and number of ranks
+WORLDS = [(0, 0), (0, 1), (0, 2), (1, 2)]  # rank and number of ranks, which is 0 without torchrun
 Runs = dict[tuple[int, int], dict[str, Run]]
 
 
 def start(program: str, ranks: int, folder: Path) -> None:
     """As its user does, but for what else is set on this machine."""
     torchrun = ["torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-    several = [*torchrun, f"--nproc-per-node={ranks}", "-m"] if ranks > 1 else []
+    several = [*torchrun, f"--nproc-per-node={ranks}", "-m"] if ranks > 0 else []
     command = [sys.executable, "-m", *several, f"tests.trainers.{program}", str(folder)]
     keep = ("PATH", "HOME", "TMPDIR", "PYTHONPATH", "LD_LIBRARY_PATH", "GLOO_SOCKET_IFNAME")
     own = {"CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(folder), "HF_HUB_OFFLINE": "1"}
@@ -74,12 +74,13 @@ def ranks_agree(runs: Runs) -> None:
 
 
 def one_field_is_that_of_one_process(runs: Runs) -> None:
-    many, alone = runs[0, 2]["one field"], runs[0, 1]["own field"]
-    same(many, alone, "start", "calls")
-    # Adam is blind to a factor of the gradient; its state is not.
-    near = {"network": 1e-5, "proxies": 1e-5, "statistics": 1e-5, "optimizer": 1e-4}
-    for name, allowed in near.items():
-        torch.testing.assert_close(many[name], alone[name], rtol=allowed, atol=allowed)
+    alone = runs[0, 0]["own field"]
+    for many in (runs[0, 1]["one field"], runs[0, 2]["one field"]):
+        same(many, alone, "start", "calls")
+        # Adam is blind to a factor of the gradient; its state is not.
+        near = {"network": 1e-5, "proxies": 1e-5, "statistics": 1e-5, "optimizer": 1e-4}
+        for name, allowed in near.items():
+            torch.testing.assert_close(many[name], alone[name], rtol=allowed, atol=allowed)
     assert alone["statistics"]["repelling_pairs"] > 0  # or it would compare half of the forces
 
 
@@ -103,7 +104,7 @@ CHECKS = (
 def test_training(library: str, tmp_path: Path) -> None:
     if find_spec(library) is None:
         pytest.skip(f"needs {library}: pip install -e '.[trainers]'")
-    for ranks in (1, 2):
+    for ranks in (0, 1, 2):
         start(PROGRAMS[library], ranks, tmp_path)
     runs = {
         (rank, ranks): torch.load(tmp_path / f"rank {rank} of {ranks}") for rank, ranks in WORLDS

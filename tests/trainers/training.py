@@ -39,6 +39,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def is_launched() -> bool:
+    """By torchrun, so that there is a process group."""
+    return "RANK" in os.environ
+
+
 def ranks() -> int:
     """Of torchrun, 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -62,16 +67,16 @@ def kept(network: nn.Module, loss: PFMLLoss, optimizer: torch.optim.Optimizer) -
 def main(train: Train) -> None:
     """Every run of this number of processes, into the folder that is named."""
     torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
+    folder, world = Path(sys.argv[1]), ranks() if is_launched() else 0
     runs: dict[str, Run] = {}
     for name, kind in LOSSES.items():
-        if ranks() == 1 and kind is ShardedPFMLLoss:
-            continue
+        if not is_launched() and kind is ShardedPFMLLoss:
+            continue  # there is no process group
         for is_resumed in (False, True):
             torch.manual_seed(100 * is_resumed + rank())  # ranks and runs begin differently
             network = nn.Sequential(nn.Linear(INPUTS, 16), nn.Tanh(), nn.Linear(16, DEPTH))
             loss = kind(CLASSES, DEPTH, PROXIES, **SETTINGS)
             start = loss.proxies.detach().clone()
-            run = train(network, loss, folder / f"{name} of {ranks()}", is_resumed)
+            run = train(network, loss, folder / f"{name} of {world}", is_resumed)
             runs[f"{name}, resumed" if is_resumed else name] = run | {"start": start}
-    torch.save(runs, folder / f"rank {rank()} of {ranks()}")
+    torch.save(runs, folder / f"rank {rank()} of {world}")

@@ -12,7 +12,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from pfml_triton import PFMLLoss
-from tests.trainers.training import EPOCHS, LR, ROWS, Run, kept, main, rank, ranks, samples
+from tests.trainers.training import (
+    EPOCHS,
+    LR,
+    ROWS,
+    Run,
+    is_launched,
+    kept,
+    main,
+    rank,
+    ranks,
+    samples,
+)
 
 
 class Retrieval(lightning.LightningModule):
@@ -39,7 +50,7 @@ def train(network: nn.Module, loss: PFMLLoss, folder: Path, is_resumed: bool) ->
     trainer = lightning.Trainer(
         accelerator="cpu",
         devices=ranks(),
-        strategy="ddp" if ranks() > 1 else "auto",
+        strategy="ddp" if is_launched() else "auto",
         max_epochs=EPOCHS,
         callbacks=[ModelCheckpoint(folder, "{epoch}", save_top_k=-1)],
         default_root_dir=folder,
