@@ -7,10 +7,9 @@ of its share of the classes, in the field of all points. The weights of pairs ar
 rows hold the complete gradient of its points. Backward gathers the rows of the proxies, and nothing
 else.
 
-*Nobody waits for a rank that has failed.* What a rank does by itself it does before a collective,
-never between two. Then all ranks say, on the hosts, whether they could. Where one could not, every
-rank raises an error, and there is no collective. This happens three times a step: before the points
-are gathered, before the totals are, and in backward before the gradients are.
+*Nobody waits for a rank that has failed.* Before points, totals or gradients are gathered, all
+ranks say, on the hosts, whether they have done their part. Where one could not, every rank raises
+an error, and nothing is gathered.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from zlib import crc32
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .functional import total_energy
 from .module import PFMLLoss
@@ -145,9 +145,10 @@ class ShardedPFMLLoss(PFMLLoss):
             RuntimeError: there is no process group; another rank failed; ranks do not call equally
                 often.
         """
-        if is_dry_run():
-            raise RuntimeError("ShardedPFMLLoss cannot be called with fake tensors or in make_fx")
         ranks = self._ranks_now()
+        if is_dry_run():
+            with _disable_current_modes(), ranks.agreement(_POINTS):
+                raise RuntimeError("ShardedPFMLLoss cannot be called with fake tensors or make_fx")
         with ranks.agreement(_POINTS) as numbers:
             if is_transformed():
                 raise RuntimeError("ShardedPFMLLoss cannot be called under torch.func")
@@ -171,12 +172,12 @@ class ShardedPFMLLoss(PFMLLoss):
                 f"all ranks must have the same loss, got on rank 0 {texts[0]}, and on rank {other} "
                 f"{texts[other]}"
             )
-        if any(news):
-            ranks.broadcast(self.proxies)
-            self._is_new = False
-        of_points, of_bank, points, bank = ranks.gather(own, room, self.embedding_size, sizes)
 
         with ranks.agreement(_TOTALS):
+            if any(news):
+                ranks.broadcast(self.proxies)
+                self._is_new = False
+            of_points, of_bank, points, bank = ranks.gather(own, room, self.embedding_size, sizes)
             real = torch.float64 if 8 in sizes[2] else torch.float32
             batch = torch.cat([p.to(real) for p in points])
             proxies, of_proxies = self.proxies.to(real), self._labels_of_proxies()

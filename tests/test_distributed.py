@@ -448,6 +448,7 @@ def one_rank_in_error(world: World) -> None:
         (lambda: many(x.numpy(), labels), "embeddings must be a Tensor"),
         (lambda: many(x, labels, object()), "indices_tuple must be None"),
         (lambda: many(x, labels, None, x), "ref_emb and ref_labels go together"),
+        (lambda: in_fake_mode(many, x, labels), "cannot be called with fake tensors or make_fx"),
         (lambda: torch.func.grad(lambda x: many(x, labels))(x), "cannot be called under torch.fu"),
     ):
         all_in_error(world, bad, says, lambda: many(x, labels))
@@ -462,6 +463,11 @@ def one_rank_in_error(world: World) -> None:
             many.proxies[0, 0, 0] = torch.nan
     if world.size == 1:  # the last rank's share of the proxies, if it has any, is not all
         all_in_error(world, lambda: many(x, labels), "proxies must be finite", None)
+
+
+def in_fake_mode(loss: PFMLLoss, *given: Tensor) -> None:
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        loss(*given)
 
 
 FAULTS = (RuntimeError("no luck"), MemoryError("too much"), KeyboardInterrupt("stop"))
