@@ -58,7 +58,7 @@ def _of_the_potential(name: str, value: Any) -> None:
 
 def _checksum(x: Tensor) -> Tensor:
     """Another number, almost surely, once a bit of `x` has changed: int64, on its device."""
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize]
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize]
     return x.detach().view(bits).sum(dtype=torch.int64)
 
 
