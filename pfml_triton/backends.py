@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from .potential import FieldTerms, Potential, Split
+from .potential import FieldTerms, Given, Potential, Split
 
 
 class Backend(Protocol):
@@ -46,6 +46,7 @@ class Backend(Protocol):
         among: bool,
         pairs: int = 1,
         before: Tensor | None = None,
+        given: Given | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The value of the loss, a scalar, and its `TOTALS`, a vector.
 
@@ -55,6 +56,9 @@ class Backend(Protocol):
                 itself, which is no pair.
             pairs: that the energy is divided by.
             before: totals of another field on `acted_on`, which are then included.
+            given: the labels of `acted_on` as they came, if some have to be in a range: any that
+                is not makes the value and the gradients NaN. The device finds out, and nobody
+                waits for it.
         """
 
     def pull_back(

@@ -32,12 +32,14 @@ class Stats(NamedTuple):
     repelling_pairs: Tensor  # int64, pairs of two classes at d < delta_rep
     smallest_distance: Tensor  # float64, of the repelling pairs; inf if there are none
     active_share: Tensor  # float64, share of the tiles of pairs that may exert force
+    labels_out_of_range: Tensor  # int64, labels of the batch outside [0, C): they make the loss NaN
 
     @classmethod
     def of(cls, totals: Tensor) -> Stats:
         """The stats in a vector of `TOTALS`."""
-        energy, attracting, repelling, distance, active, *_, tiles = totals
-        return cls(energy, attracting.long(), repelling.long(), distance, active / tiles.clamp(1))
+        energy, attracting, repelling, distance, active, *_, tiles, outside = totals
+        share = active / tiles.clamp(1)
+        return cls(energy, attracting.long(), repelling.long(), distance, share, outside.long())
 
 
 def potential_energy(
@@ -126,7 +128,8 @@ def total_energy(
         points: [B, D].
         labels: [N], of the points, then of the proxies.
         proxies: [C, M, D], which make N points with those, at least as wide and float32.
-        classes: C, if the labels of the points have to be in [0, C).
+        classes: C, if the labels of the points have to be in [0, C): on the CPU others are an
+            error, elsewhere they make the value and all gradients NaN.
         unit: whether all points are scaled to unit length.
         everyone, everyone_labels: [A, D] and [A] int64, all points of the field, if those above
             are a part of it: the value is then that part's share of the energy, and the gradient

@@ -108,11 +108,11 @@ class PFMLLoss(nn.Module):
 
     Attributes:
         last_stats: dict of scalar tensors without gradient, on the device of the last call, or None
-            before it: "active_energy", "attracting_pairs", "repelling_pairs", "smallest_distance"
-            and "active_share", as described by `pfml_triton.functional.Stats`, sums whatever the
-            reduction. The energy of the loss is mostly a constant of saturated pairs; this is what
-            training changes. Reading a value waits for the device. Wrappers have the loss as their
-            `module`.
+            before it: "active_energy", "attracting_pairs", "repelling_pairs", "smallest_distance",
+            "active_share" and "labels_out_of_range", as described by
+            `pfml_triton.functional.Stats`, sums whatever the reduction. The energy of the loss is
+            mostly a constant of saturated pairs; this is what training changes. Reading a value
+            waits for the device. Wrappers have the loss as their `module`.
         potential: the `Potential`.
         proxies: nn.Parameter [C, M, D] float32, drawn from a normal distribution scaled to about
             unit length. They want a learning rate of their own, see `param_groups`, and if they
@@ -193,12 +193,13 @@ class PFMLLoss(nn.Module):
 
         Args:
             embeddings: [B, D] floating point, B >= 0 (0: the proxies' own energy).
-            labels: [B] integers in [0, C). Values are checked on the CPU, elsewhere only with
-                `validate`, since looking at them waits for the device; a label out of range is a
-                class without proxies there, and 32 bits of it count.
+            labels: [B] integers in [0, C). Others are an error on the CPU and with `validate`.
+                Elsewhere, where looking at them would wait for the device, they make the loss and
+                all gradients NaN, and `last_stats["labels_out_of_range"]` counts them.
             indices_tuple: must be None: the field takes every pair, there is nothing to mine.
             ref_emb, ref_labels: [R, D] and [R], a memory bank that adds its field to all points.
-                It receives a force only if it requires a gradient.
+                It receives a force only if it requires a gradient. Its labels are any integers,
+                unchecked: those outside [0, C) repel all points.
 
         Returns:
             Scalar: float32, or float64 for float64 embeddings. Half-precision embeddings are

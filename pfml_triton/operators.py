@@ -27,6 +27,7 @@ from .backends import Backend
 from .potential import (
     TOTALS,
     FieldTerms,
+    Given,
     Potential,
     Split,
     active_energy,
@@ -93,7 +94,7 @@ class PotentialEnergy(torch.autograd.Function):
         mean: bool,
         prune: bool,
         backend: str,
-        classes: int | None,  # C, for labels in [0, C), which are checked on the CPU
+        classes: int | None,  # C, for labels in [0, C); others are an error on the CPU, else NaN
         validate: bool,
         needs_points: bool,  # a gradient
         needs_proxies: bool,
@@ -106,10 +107,11 @@ class PotentialEnergy(torch.autograd.Function):
             check_finite(points, name)
             check_finite(None if proxies is None else proxies.flatten(0, 1), "proxies")
             check_finite(sources, "sources" if classes is None else "ref_emb")
+        given = None if classes is None else Given(labels, points.shape[0], classes)
         if classes is not None and points.is_cuda:  # half the bits, half the passes of a sort
             labels = labels.to(torch.int32)
-            if source_labels is not None:
-                source_labels = source_labels.to(torch.int32)
+            if source_labels is not None:  # any integers, of which none may become a class
+                source_labels = source_labels.clamp(-1, classes).to(torch.int32)
             if everyone_labels is not None:
                 everyone_labels = everyone_labels.to(torch.int32)
         potential = _potential(alpha, delta, delta_rep, min_distance)
@@ -125,7 +127,9 @@ class PotentialEnergy(torch.autograd.Function):
             if everyone is not None and everyone_labels is not None:
                 whole = using.gather(everyone, everyone_labels, potential, **place)
             terms = using.field_terms(cloud, whole, potential, needs_grad=needs_grad)
-            value, totals = using.total(terms, cloud, whole, potential, among=True, pairs=pairs)
+            value, totals = using.total(
+                terms, cloud, whole, potential, among=True, pairs=pairs, given=given
+            )
             placed = (cloud.points, cloud.inverse) if unit and needs_grad else (None, None)
             if sources is None or source_labels is None:
                 return value, totals, terms.grad, *placed, None, None, None

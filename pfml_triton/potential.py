@@ -24,7 +24,9 @@ matches it in value and slope at m, so that k(d) = k(m) there: finite force, and
 from __future__ import annotations
 
 import math
+from ctypes import c_float
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Real
 from typing import NamedTuple
 
@@ -104,6 +106,13 @@ class Potential:
         """psi_rep of a saturated pair of two classes (d >= delta_rep)."""
         return self._phi(self.repulsion_radius)
 
+    @cached_property
+    def constants(self) -> tuple[float, float, float, float]:
+        """Both constants, each as what float32 holds of it and the rest, as kernels take them."""
+        attraction, repulsion = self.attraction_constant, self.repulsion_constant
+        high, other_high = c_float(attraction).value, c_float(repulsion).value
+        return high, attraction - high, other_high, repulsion - other_high
+
     @property
     def max_stiffness(self) -> float:
         """The largest k(d) that any pair reaches; inf where it overflows."""
@@ -172,9 +181,23 @@ TOTALS = (
     "energy",  # of all pairs of distinct points, the constants of those at rest included
     "nothing",  # 0; NaN if a point, or four times its squared norm in float32, which is above every
     # squared distance, is not finite: it is near to nothing and exerts no force, so that without
-    # this it would vanish instead of showing
+    # this it would vanish instead of showing. Also NaN if a label is out of range
     "tiles",
+    "labels_out_of_range",  # of the batch
 )
+
+
+class Given(NamedTuple):
+    """Labels before they are cut to 32 bits, of which the first have to be in [0, classes)."""
+
+    labels: torch.Tensor  # [N] int64, those of the batch first
+    batch: int
+    classes: int
+
+    def out_of_range(self) -> torch.Tensor:
+        """How many of the batch are: int64 scalar."""
+        labels = self.labels[: self.batch]
+        return ((labels < 0) | (labels >= self.classes)).sum()
 
 
 class Split(NamedTuple):

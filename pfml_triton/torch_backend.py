@@ -26,6 +26,7 @@ from torch import Tensor
 from .potential import (
     EPSILON,
     FieldTerms,
+    Given,
     Potential,
     Split,
     active_energy,
@@ -146,6 +147,7 @@ def total(
     among: bool,
     pairs: int = 1,
     before: Tensor | None = None,
+    given: Given | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `Backend`."""
     n, m = len(acted_on), len(acting)
@@ -156,10 +158,12 @@ def total(
     nothing = nan_unless_finite(acted_on.points).sum()
     if acting is not acted_on:
         nothing = nothing + nan_unless_finite(acting.points).sum()
+    outside = own_class.new_zeros(()) if given is None else given.out_of_range()
+    nothing = nothing.masked_fill(outside > 0, torch.nan)
     nearest = torch.nn.functional.pad(terms.nearest, (0, 1), value=torch.inf).amin().sqrt()
     found = (above, terms.attracting.sum(), terms.repelling.sum(), nearest, terms.active.sum())
     tiles = above.new_tensor(terms.tiles)
-    totals = torch.stack([t.double() for t in (*found, energy, nothing, tiles)])
+    totals = torch.stack([t.double() for t in (*found, energy, nothing, tiles, outside)])
     if before is not None:
         nearest = torch.minimum(before[3], totals[3])
         totals = before + totals

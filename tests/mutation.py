@@ -34,13 +34,25 @@ KERNELS = [
     "tests/test_sketch.py",
     "tests/test_functional.py",
 ]
+LABELS = [
+    "tests/test_robustness.py::test_the_totals_of_two_fields_are_one",
+    "tests/test_robustness.py::test_counts_of_40_billion_pairs_are_exact",
+    "tests/test_robustness.py::test_labels_of_a_memory_bank_are_any",
+    "tests/test_robustness.py::test_labels_out_of_range_show",
+]
 NEAREST = {
     "pack.py": ["tests/test_module.py", *KERNELS],
+    "total.py": [*LABELS, *KERNELS],
     "kernels": KERNELS,
     "distributed.py": ["tests/test_distributed.py"],
-    "operators.py": ["tests/test_module.py", "tests/test_functional.py"],
+    "operators.py": ["tests/test_module.py", "tests/test_functional.py", *LABELS],
     "module.py": ["tests/test_trainers.py", "tests/test_module.py", "tests/test_distributed.py"],
-    "": ["tests/test_torch_backend.py", "tests/test_sketch.py", "tests/test_functional.py"],
+    "": [
+        "tests/test_torch_backend.py",
+        "tests/test_sketch.py",
+        "tests/test_functional.py",
+        *LABELS,
+    ],
 }
 
 # By file: what stands in it once, and what to put there instead.
@@ -170,6 +182,12 @@ FAULTS: dict[str, list[tuple[str, str]]] = {
         ("total += tl.load(before_ptr + 5)", "total += 0"),
         ("none += tl.load(before_ptr + 6)", "none += 0"),
         ("(total + none)", "total"),
+        ("(row < B) & ((label", "((label"),
+        ("(label < 0) | (label >= classes)", "label >= classes"),
+        ("(label < 0) | (label >= classes)", "(label < 0) | (label > classes)"),
+        ("outside += ((row", "outside = ((row"),
+        ('tl.where(wrong > 0, float("nan"), 0.0)', "0.0"),
+        ("out_of_range += tl.load(before_ptr + 8)", "out_of_range += 0"),
         ("total = total / tl.cast(pairs, tl.float64)", "total = total / 1.0"),
         ("tl.cast(high, tl.float64) + tl.cast(low, tl.float64)", "tl.cast(high, tl.float64)"),
     ],
@@ -183,9 +201,9 @@ FAULTS: dict[str, list[tuple[str, str]]] = {
         ("is_padded = not dim == depth", "is_padded = dim == depth"),
         ("_cdiv(dim, tiles.block_k) * tiles.block_k", "dim // tiles.block_k * tiles.block_k"),
         ("alpha, alpha - integer,", "alpha, integer - alpha,"),
-        ("constants += high, constant - high", "constants += high, 0.0"),
         ("OTHERS=acting is not acted_on", "OTHERS=False"),
         ("strip *= 2", "break"),
+        ("labels.contiguous(), value, totals", "labels, value, totals"),
     ],
     "sketch.py": [
         ("REACH = 1.001", "REACH = 0.999"),
@@ -212,6 +230,7 @@ FAULTS: dict[str, list[tuple[str, str]]] = {
         ("selves = n if among else 0", "selves = 0"),
         ("if acting is not acted_on:\n        nothing", "if False:\n        nothing"),
         ("totals[3] = nearest", "pass"),
+        ("nothing = nothing.masked_fill(outside > 0, torch.nan)", "pass"),
         ("totals[5] / pairs + totals[6]", "totals[5] / pairs"),
         ("(2 if twice else 1) / pairs", "1 / pairs"),
         ("/ pairs) + totals[6])", "/ pairs))"),
@@ -267,6 +286,11 @@ FAULTS: dict[str, list[tuple[str, str]]] = {
         ("max(self.alpha, 1.0) * self.min_distance", "self.alpha * self.min_distance"),
         ("+ (pairs - own_class).double()", "- (pairs - own_class).double()"),
         (".mul_(2).square_() * 0", ".square_() * 0"),
+        ("labels = self.labels[: self.batch]", "labels = self.labels"),
+        ("(labels < 0) | (labels >= self.classes)", "labels >= self.classes"),
+        ("(labels < 0) | (labels >= self.classes)", "(labels < 0) | (labels > self.classes)"),
+        ("return high, attraction - high", "return high, 0.0"),
+        ("other_high, repulsion - other_high", "other_high, 0.0"),
     ],
     "operators.py": [
         ("check_finite(points, name)", "pass"),
@@ -287,6 +311,8 @@ FAULTS: dict[str, list[tuple[str, str]]] = {
         ("n * (n - 1) + (0 if sources", "n * n + (0 if sources"),
         ("n * sources.shape[0]", "sources.shape[0]"),
         ("low < 0 or high >= classes", "low < 0 or high > classes"),
+        ("None if classes is None else Given(labels, points.shape[0], classes)", "None"),
+        ("source_labels.clamp(-1, classes)", "source_labels"),
     ],
     "module.py": [
         (

@@ -437,6 +437,22 @@ def all_in_error(world: World, of_last: Callable[[], Any], says: str, call: Any)
     assert caught.match(says if world.is_last else others)
 
 
+def a_wrong_label_shows_everywhere(world: World) -> None:
+    """One of the last rank, where nobody looks at them: NaN on all, and counted once."""
+    many, _ = world.pair()
+    x, labels = batch()
+    labels[-1] = C
+    ours = x[world.share()].clone().requires_grad_()
+    unchecked = partial(mock.patch.object, attribute="check_range")
+    with unchecked(operators), unchecked(distributed):
+        value = many(ours, labels[world.share()])
+    value.backward()
+    assert value.isnan()
+    assert many.last_stats["labels_out_of_range"] == 1
+    assert ours.grad.isnan().all()
+    assert many.proxies.grad.to_local().isnan().all()
+
+
 def one_rank_in_error(world: World) -> None:
     """Nobody hangs, everybody hears of it, and the next call works."""
     many, _ = world.pair()
@@ -728,7 +744,7 @@ CHECKS: tuple[Callable[[World], None], ...] = (
     gradients_of_torch, gradients_of_the_kernels, network_under_ddp, training, out_of_step,
     network_under_fsdp2, in_a_model, accumulation, sharded_and_called_from_outside,
     a_loss_under_fsdp2, memory_bank, the_sketch_turns_alike, no_batch_at_all, dtypes_that_differ,
-    compiled_around, no_proxies, nan_everywhere, one_rank_in_error, one_rank_fails_anywhere,
+    compiled_around, no_proxies, nan_everywhere, a_wrong_label_shows_everywhere, one_rank_in_error, one_rank_fails_anywhere,
     ranks_out_of_step, tensors_of_any_layout, losses_that_differ, dtensors_are_refused,
     proxies_of_rank_0, groups_of_some_ranks, no_backend_for_the_cpu, state, state_of_others,
     from_one_process_and_back, casts_and_moves, built_before_there_is_a_group,

@@ -22,7 +22,7 @@ from torch import Tensor
 from pfml_triton import PFMLLoss, Potential, class_potential, operators, potential_energy, sketch
 from pfml_triton import torch_backend as plain
 from pfml_triton.kernels import launch, tuning
-from pfml_triton.potential import FieldTerms, Split
+from pfml_triton.potential import FieldTerms, Given, Split
 from tests.clouds import cloud
 
 backends = pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -74,6 +74,57 @@ def test_what_is_not_finite_shows(where: str, normalize: bool, prune: bool, back
         says = f"{where} must be finite, got NaN or Inf in 1 of {rows} rows, the first being row"
         with pytest.raises(ValueError, match=f"{says} {rows - 1}"):
             loss(x, torch.arange(65), None, bank, bank_labels)
+
+
+@backends
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("wrong", [-1, 70, 2**32, 2**32 + 69, -(2**63), 2**63 - 1])
+def test_labels_out_of_range_show(
+    wrong: int, normalize: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nobody waits to look at them, the loss and all gradients are NaN, and stats say why."""
+    monkeypatch.setattr(operators, "check_range", lambda *_: None)
+    loss = PFMLLoss(70, 5, 1, normalize=normalize, backend=backend)
+    x, bank = torch.randn(66, 5, requires_grad=True), torch.randn(3, 5, requires_grad=True)
+    right = torch.arange(66)
+    right[0] = 69
+    labels = right.clone()
+    labels[[0, 64, 65]] = wrong
+    for others in ((), (bank, torch.tensor([1, -7, wrong]))):
+        leaves = [x, loss.proxies, *others[:1]]
+        found = []
+        for given in (right, labels, labels[:64], labels[1:64]):
+            batch = x[-len(given) :]
+            value = loss(batch, given, None, *others)
+            grads = torch.autograd.grad(value, leaves)
+            assert loss.last_stats is not None
+            found.append(int(loss.last_stats["labels_out_of_range"]))
+            assert loss.last_stats["labels_out_of_range"].dtype == torch.int64
+            if found[-1]:
+                assert value.isnan()
+                assert grads[0][-len(given) :].isnan().all()
+                assert all(grad.isnan().all() for grad in grads[1:])
+            else:
+                assert value.isfinite()
+                assert all(grad.isfinite().all() for grad in grads)
+        assert found == [0, 3, 1, 0]
+
+
+@backends
+def test_labels_of_a_memory_bank_are_any(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those out of range repel all points, and are no class of the batch in 32 bits either."""
+    loss = PFMLLoss(5, 4, 2, backend=backend, delta=0.9).eval()
+    x, labels, bank = torch.randn(9, 4), torch.arange(9) % 5, torch.randn(7, 4)
+    results = []
+    for on_gpu in (False, True):
+        with monkeypatch.context() as patch:
+            patch.setattr(operators, "check_range", lambda *_: None)
+            if on_gpu:
+                patch.setattr(torch.Tensor, "is_cuda", property(lambda _: True))
+            for offset in (-8, 5, 2**32, -(2**32), 2**63 - 9):
+                results.append(step(loss, x, labels, bank, torch.arange(7) + offset))
+    assert results[0][5] > 0  # repelling pairs
+    assert all(same(result, results[0]) for result in results[1:])
 
 
 @backends
@@ -238,7 +289,7 @@ def test_counts_of_40_billion_pairs_are_exact(backend: str) -> None:
             tiles=12_500 * 3125,
         )
         value, totals = served.total(terms, many, many, p, among=True)
-        above, attractions, repulsions, nearest, active, energy, _, tiles = totals.tolist()
+        above, attractions, repulsions, nearest, active, energy, _, tiles, _ = totals.tolist()
         assert nearest == 0.5
         assert attractions == n * attracting
         assert repulsions == n * repelling
@@ -249,6 +300,9 @@ def test_counts_of_40_billion_pairs_are_exact(backend: str) -> None:
         at_rest = ours * p.attraction_constant + (n * (n - 1) - ours) * p.repulsion_constant
         assert energy == pytest.approx(at_rest - constants, abs=1e-12 * n * n)
         assert value.item() == pytest.approx(energy, rel=1e-6)
+        given = Given(torch.arange(n) - 1, n, n)
+        _, wrong = served.total(terms, many, many, p, among=True, given=given)
+        assert wrong[-1] == 1
         mean, _ = served.total(terms, many, many, p, among=True, pairs=n * (n - 1))
         assert mean.item() == pytest.approx(energy / (n * (n - 1)), rel=1e-6)
 
@@ -265,10 +319,15 @@ def test_the_totals_of_two_fields_are_one(nearest: float, nothing: float, backen
     terms = served.field_terms(points, points, p, needs_grad=False)
     _, alone = served.total(terms, points, points, p, among=True)
     assert 0 < alone[3] < math.inf
-    before = torch.tensor([1.5, 2, 3, nearest, 4, -5.25, nothing, 6], dtype=torch.float64)
+    before = torch.tensor([1.5, 2, 3, nearest, 4, -5.25, nothing, 6, 7], dtype=torch.float64)
     value, both = served.total(terms, points, points, p, among=True, pairs=7, before=before)
     expected = alone + before
     expected[3] = min(float(alone[3]), nearest)
+    apart = torch.stack([labels, labels - 9], 1)[:, 0]
+    given = Given(apart, 20, 1)
+    _, wrong = served.total(terms, points, points, p, among=True, before=before, given=given)
+    assert wrong[6].isnan()
+    assert wrong[8] == 7 + int((labels[:20] > 0).sum())
     assert torch.allclose(both, expected, rtol=1e-12, equal_nan=True)
     assert torch.allclose(value.double(), (expected[5] / 7) + nothing, rtol=1e-6, equal_nan=True)
 

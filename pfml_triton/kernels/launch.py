@@ -7,7 +7,6 @@ on shapes only. What the functions are for, `pfml_triton.backends.Backend` says.
 
 from __future__ import annotations
 
-from ctypes import c_float
 from dataclasses import dataclass
 from functools import cache
 
@@ -15,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..potential import TOTALS, FieldTerms, Potential, Split
+from ..potential import TOTALS, FieldTerms, Given, Potential, Split
 from ..sketch import LIFT, REACH, SLACK, accumulation, sketch_depth
 from . import tuning
 from .config import FILTER_M, FUSED, PACK_M, ROWS, TILE_M, TILE_N, Tiles, padded_depth
@@ -248,20 +247,19 @@ def total(
     among: bool,
     pairs: int = 1,
     before: Tensor | None = None,
+    given: Given | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `Backend`."""
+    labels, batch, classes = (acted_on.labels, 0, 0) if given is None else given
     value = acted_on.sq_norm.new_empty(())
     totals = value.new_empty(len(TOTALS), dtype=torch.float64)
-    constants: list[float] = []  # each as what float32 holds of it, and the rest
-    for constant in (potential.attraction_constant, potential.repulsion_constant):
-        high = c_float(constant).value
-        constants += high, constant - high
     with torch.cuda.device_of(value):
         _total_kernel[(1,)](
             terms.energy, terms.attracting, terms.repelling, terms.own_class, terms.nearest,
             terms.active, acted_on.sq_norm, acting.sq_norm,
-            totals if before is None else before, value, totals,
-            len(acted_on), len(acting), terms.active.shape[0], terms.tiles, pairs, *constants,
+            totals if before is None else before, labels.contiguous(), value, totals,
+            len(acted_on), len(acting), terms.active.shape[0], terms.tiles, pairs, batch, classes,
+            *potential.constants,
             AMONG=among, OTHERS=acting is not acted_on, AFTER=before is not None,
             BLOCK=1024, num_warps=16, **FUSED,
         )  # fmt: skip

@@ -152,7 +152,7 @@ def _pull_back_kernel(
     points_ptr,  # [N, D], if UNIT: they
     inverse_ptr,  # [N], if UNIT: 1 / length that a point had
     grad_output_ptr,  # [1], the derivative in the value of the loss
-    totals_ptr,  # [8] float64, see potential.TOTALS
+    totals_ptr,  # [9] float64, see potential.TOTALS
     x_grad_ptr,  # [B, D] out, if NEEDS_X
     rest_grad_ptr,  # [N - B, D] out, if NEEDS_REST
     B,

@@ -18,7 +18,7 @@ def _nothing(sq_norm):
     return (sq_norm * 4).to(tl.float64) * 0
 
 
-@triton.jit(do_not_specialize=["N", "M", "tiles_x", "tiles", "pairs"])
+@triton.jit(do_not_specialize=["N", "M", "tiles_x", "tiles", "pairs", "B", "classes"])
 def _total_kernel(
     energy_ptr,  # [N], by point, as the forces kernel left them
     attracting_ptr,  # [N] int32
@@ -28,14 +28,17 @@ def _total_kernel(
     active_ptr,  # [tiles_x] int32
     x_sq_norm_ptr,  # [N], not finite where a point is not
     y_sq_norm_ptr,  # [M]
-    before_ptr,  # [8] float64, if AFTER: the totals of another field on the same points
-    value_ptr,  # [1] out, the energy over `pairs`; NaN if a point is not finite
-    totals_ptr,  # [8] float64 out, see potential.TOTALS
+    before_ptr,  # [9] float64, if AFTER: the totals of another field on the same points
+    label_ptr,  # [B or more] int64, by point, as the caller gave them
+    value_ptr,  # [1] out, the energy over `pairs`; NaN if a point is not finite, or a label wrong
+    totals_ptr,  # [9] float64 out, see potential.TOTALS
     N,
     M,
     tiles_x,
     tiles: tl.int64,  # of pairs
     pairs: tl.int64,  # that the energy is divided by
+    B,  # of the points, whose labels have to be in [0, classes); 0 checks none
+    classes,
     att_high,  # psi of a saturated pair of one class
     att_low,
     rep_high,  # of two classes
@@ -54,6 +57,7 @@ def _total_kernel(
     repelling = tl.zeros((BLOCK,), tl.int64)
     own_class = tl.zeros((BLOCK,), tl.int64)
     nothing = tl.zeros((BLOCK,), tl.float64)
+    outside = tl.zeros((BLOCK,), tl.int32)
     nearest = tl.full((BLOCK,), float("inf"), nearest_ptr.dtype.element_ty)
     for first in tl.range(0, N, BLOCK, num_stages=3):
         row, there = first + i, first + i < N
@@ -67,6 +71,8 @@ def _total_kernel(
         near = tl.load(nearest_ptr + row, mask=there, other=float("inf"))
         nearest = tl.minimum(nearest, near)
         nothing += _nothing(tl.load(x_sq_norm_ptr + row, mask=there, other=0.0))
+        label = tl.load(label_ptr + row, mask=row < B, other=0)
+        outside += ((row < B) & ((label < 0) | (label >= classes))).to(tl.int32)
     if OTHERS:
         for first in range(0, M, BLOCK):
             row = first + i
@@ -85,7 +91,9 @@ def _total_kernel(
     of_others = tl.cast(N, tl.int64) * (M - 1 if AMONG else M) - of_class
     total = above + of_class.to(tl.float64) * att_constant
     total += of_others.to(tl.float64) * rep_constant
-    none = tl.sum(nothing, 0)
+    wrong = tl.sum(outside, 0)
+    none = tl.sum(nothing, 0) + tl.where(wrong > 0, float("nan"), 0.0)
+    out_of_range = wrong.to(tl.float64)
     if AFTER:
         above += tl.load(before_ptr)
         attractions += tl.load(before_ptr + 1)
@@ -95,6 +103,7 @@ def _total_kernel(
         total += tl.load(before_ptr + 5)
         none += tl.load(before_ptr + 6)
         all_tiles += tl.load(before_ptr + 7)
+        out_of_range += tl.load(before_ptr + 8)
     tl.store(totals_ptr, above)
     tl.store(totals_ptr + 1, attractions)
     tl.store(totals_ptr + 2, repulsions)
@@ -103,5 +112,6 @@ def _total_kernel(
     tl.store(totals_ptr + 5, total)
     tl.store(totals_ptr + 6, none)
     tl.store(totals_ptr + 7, all_tiles)
+    tl.store(totals_ptr + 8, out_of_range)
     total = total / tl.cast(pairs, tl.float64)
     tl.store(value_ptr, (total + none).to(value_ptr.dtype.element_ty))

@@ -19,7 +19,7 @@ from ..kernels import launch
 from ..kernels.config import TILE_M, TILE_N
 from ..kernels.recording import Launch, record
 from ..kernels.tuning import tiles_here
-from ..potential import EPSILON, TOTALS, Potential, Split
+from ..potential import EPSILON, TOTALS, Given, Potential, Split
 from ..serving import needed
 from ..sketch import LIFT, random_basis
 from . import truth
@@ -144,8 +144,9 @@ def _call(case: Case, device: torch.device) -> None:
     )
     acted_on = gathered(first, labels, rest=rest)
     terms = launch.field_terms(acted_on, acted_on, potential, needs_grad=True)
+    given = Given(labels, b, int(labels.max()) + 1) if case.of_loss else None
     value, totals = launch.total(
-        terms, acted_on, acted_on, potential, among=True, pairs=n * (n - 1)
+        terms, acted_on, acted_on, potential, among=True, pairs=n * (n - 1), given=given
     )
     pairs = n * (n - 1)
     if case.bank:
@@ -153,6 +154,8 @@ def _call(case: Case, device: torch.device) -> None:
         acting = gathered(others.to(acted_on.points.dtype), their_labels)
         terms = launch.field_terms(acted_on, acting, potential, needs_grad=True)
         pairs += n * len(others)
+        wrong = Given(labels, b, 1)  # those of all classes but one
+        launch.total(terms, acted_on, acting, potential, among=False, given=wrong)
         value, totals = launch.total(
             terms, acted_on, acting, potential, among=False, pairs=pairs, before=totals
         )
@@ -317,7 +320,13 @@ def _total(c: Comparison, _: Args, a: Args) -> None:
     energy = above + of_class * att + of_others * rep
     nearest = float(a["nearest_ptr"][:n].double().min().sqrt())
     active = float(a["active_ptr"].sum())
-    found = [above, attracting, repelling, nearest, active, energy, 0.0, float(a["tiles"])]
+    batch = a["label_ptr"][: a["B"]]
+    outside = int(((batch < 0) | (batch >= a["classes"])).sum())
+    if outside:
+        c.holds("labels out of range are counted", a["totals_ptr"][8] == outside)
+        c.holds("they make the loss NaN", a["value_ptr"].isnan() & a["totals_ptr"][6].isnan())
+        return
+    found = [above, attracting, repelling, nearest, active, energy, 0.0, float(a["tiles"]), 0.0]
     if a["AFTER"]:
         before = a["before_ptr"].tolist()
         found = [x + y for x, y in zip(found, before, strict=True)]

@@ -89,6 +89,31 @@ def test_nothing_waits_for_the_gpu() -> None:
         torch.cuda.set_sync_debug_mode(before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # the latter by torch
+@pytest.mark.parametrize("wrong", [-1, 5, 2**32, -(2**63)])
+def test_labels_out_of_range_show(wrong: int, dtype: torch.dtype) -> None:
+    """Nothing waits for them: they make the loss and its gradients NaN, and are counted."""
+    loss = loss_of().eval()
+    loss.backend = "auto"
+    x, labels, bank, bank_labels = problem(300)
+    labels[[0, 299]] = wrong
+    for others in ([], [bank.to(dtype), bank_labels]):
+        *values, outside = step(loss, x.to(dtype), labels, *others)
+        assert outside == 2
+        assert all(t.isnan().all() for t in values[:3])
+        *values, outside = step(loss, x.to(dtype)[1:299], labels[1:299], *others)
+        assert outside == 0
+        assert all(t.isfinite().all() for t in values[:3])
+
+
+def test_labels_of_a_memory_bank_are_any() -> None:
+    """Those out of range repel all points, whatever their lowest 32 bits say."""
+    loss, (x, labels, bank, bank_labels) = loss_of().eval(), problem(300)
+    first = step(loss, x, labels, bank, bank_labels - 10)
+    for offset in (5, 2**32, -(2**32)):
+        assert same(step(loss, x, labels, bank, bank_labels + offset), first)
+
+
 @pytest.mark.parametrize("n", [200, 5000])
 @pytest.mark.parametrize("training", [False, True])
 def test_replays_of_a_whole_step(training: bool, n: int) -> None:
