@@ -25,6 +25,7 @@ class Stats(NamedTuple):
     """What a call of `PFMLLoss` found: scalars on the device of the points, no gradient.
 
     Pairs are ordered, as Eq. 6 counts them: two points of a field that act on each other are two.
+    On a device without float64 these are float32, and counts above 2^24 are rounded to it.
     """
 
     active_energy: Tensor  # float64, what pairs that exert force add to a field at rest, >= 0

@@ -33,6 +33,7 @@ from .potential import (
     active_energy,
     nan_unless_finite,
     rest_energy,
+    widest,
 )
 from .serving import served
 from .sketch import is_traced, random_basis, turned_basis
@@ -167,7 +168,7 @@ class PotentialEnergy(torch.autograd.Function):
 
         return (
             points.new_empty((), dtype=real),
-            points.new_empty(len(TOTALS), dtype=torch.float64),
+            points.new_empty(len(TOTALS), dtype=widest(points.device)),
             *of_cloud(labels.shape[0], needs_points or needs_proxies),
             *of_cloud(0 if sources is None else sources.shape[0], needs_sources),
         )

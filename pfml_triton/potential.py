@@ -26,13 +26,32 @@ from __future__ import annotations
 import math
 from ctypes import c_float
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from numbers import Real
 from typing import NamedTuple
 
 import torch
 
+_WITHOUT_FLOAT64 = ("mps",)  # kinds of devices
 EPSILON = 1e-12  # a shorter point is scaled to unit length as if it were that long
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """The widest floating-point type that a device has: what sums and totals are in."""
+    if device.type in _WITHOUT_FLOAT64 or (device.type == "xpu" and not _xpu_has_float64(device)):
+        return torch.float32
+    return torch.float64
+
+
+@cache
+def _xpu_has_float64(device: torch.device) -> bool:
+    """Some of Intel's GPUs do."""
+    return bool(torch.xpu.get_device_properties(device).has_fp64)
+
+
+def widened(x: torch.Tensor) -> torch.Tensor:
+    """`x` in the widest type of its device."""
+    return x.to(widest(x.device))
 
 
 @dataclass(frozen=True)
@@ -171,7 +190,8 @@ class FieldTerms(NamedTuple):
     tiles: int  # of pairs
 
 
-# What is in the totals of a field, a vector of float64; counts are exact up to 2^53.
+# What is in the totals of a field, a vector of float64, in which counts are exact up to 2^53: or of
+# float32, up to 2^24, on a device without float64.
 TOTALS = (
     "active_energy",  # what the active pairs have above their constants
     "attracting_pairs",
@@ -217,22 +237,22 @@ class Split(NamedTuple):
 
 
 def active_energy(terms: FieldTerms, potential: Potential) -> torch.Tensor:
-    """What the active pairs of each point have above their constants, >= 0: [N] float64.
+    """What the active pairs of each point have above their constants, >= 0: [N], widened.
 
     The energy is mostly constants. This is the part of it that forces can lower.
     """
     constants = (
-        terms.attracting.double() * potential.attraction_constant
-        + terms.repelling.double() * potential.repulsion_constant
+        widened(terms.attracting) * potential.attraction_constant
+        + widened(terms.repelling) * potential.repulsion_constant
     )
-    return terms.energy.double() - constants
+    return widened(terms.energy) - constants
 
 
 def rest_energy(own_class: torch.Tensor, pairs: int, potential: Potential) -> torch.Tensor:
     """The energy of as many pairs, `own_class` of them of one class, if none exerts force."""
     return (
-        own_class.double() * potential.attraction_constant
-        + (pairs - own_class).double() * potential.repulsion_constant
+        widened(own_class) * potential.attraction_constant
+        + widened(pairs - own_class) * potential.repulsion_constant
     )
 
 

@@ -50,6 +50,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .potential import widest
+
 LIFT = 4  # columns of the lift: two of this point, two of ones for the other's
 MAX_DEPTH = 64  # of a sketch, with those
 SLACK = 2.0**-14
@@ -96,7 +98,7 @@ def random_basis(dim: int, device: torch.device) -> Tensor:
         generator = torch.Generator(cpu).manual_seed(0)
         columns = torch.randn(dim, width, generator=generator, dtype=torch.float64, device=cpu)
         columns = _SHRINK * torch.linalg.qr(columns).Q
-    basis = columns.to(device, torch.bfloat16, memory_format=torch.contiguous_format)
+    basis = columns.to(torch.bfloat16, memory_format=torch.contiguous_format).to(device)
     if not is_traced():  # or it may be a fake one
         _random_bases[dim, device] = basis
     return basis
@@ -112,8 +114,8 @@ def sound_basis(basis: Tensor) -> Tensor:
 
 def _is_sound(basis: Tensor) -> Tensor:
     """Whether the largest column sum of |Q^T Q|, no less than |Q|^2, is at most 1: bool scalar."""
-    wide = basis.double()  # in which products and the identity's sums are exact
-    return (wide.T @ wide).abs().sum(0).amax() <= 1
+    wide = _float64(basis)  # in which products and the identity's sums are exact
+    return ((wide.T @ wide).abs().sum(0).amax() <= 1).to(basis.device)
 
 
 def turned_basis(basis: Tensor, points: Tensor) -> Tensor:
@@ -136,20 +138,26 @@ def turned_basis(basis: Tensor, points: Tensor) -> Tensor:
     centred = points.detach().float()
     centred = centred - centred.mean(0)
     image = centred.T @ (centred @ old) + 0.1 / dim * centred.square().sum() * old
-    turned = (_SHRINK * _orthonormal(image)).to(torch.bfloat16).contiguous()
+    turned = _orthonormal(image)
     return torch.where(_is_sound(turned), turned, basis)
 
 
+def _float64(x: Tensor) -> Tensor:
+    """`x` in float64: on the CPU, which waits for its device, if that has none."""
+    return (x if widest(x.device) == torch.float64 else x.cpu()).double()
+
+
 def _orthonormal(columns: Tensor) -> Tensor:
-    """Q of `columns` [dim, width] = Q R, float64: a Cholesky QR.
+    """0.96 Q in bfloat16, of `columns` [dim, width] = Q R: a Cholesky QR in float64.
 
     On a GPU neither of its two steps waits, by PyTorch's documentation. It loses the square of the
     condition number of the columns, of the 53 bits of float64. That of an image in `turned_basis`
     is at most about 10 dim, for the part of the old basis in it.
     """
-    wide = columns.double()
+    wide = _float64(columns)
     lower, _ = torch.linalg.cholesky_ex(wide.T @ wide)
-    return torch.linalg.solve_triangular(lower.T, wide, upper=True, left=False)
+    directions = torch.linalg.solve_triangular(lower.T, wide, upper=True, left=False)
+    return (_SHRINK * directions).to(torch.bfloat16).to(columns.device).contiguous()
 
 
 def lifted(sketch: Tensor, error: Tensor, delta_rep: float) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The field terms in plain torch: for the CPU, and for any device that has float64.
+"""The field terms in plain torch, for any device.
 
 The same three steps as the kernels, on points in the order of their classes, cut into tiles of 64.
 *Filter*: a tile of pairs is active if the two share a class, or if the sketches of some pair are
@@ -7,6 +7,14 @@ threshold that allows for its rounding keeps the pairs that may exert force. *Ev
 pairs, few in a trained embedding, are computed from the differences of their points, which is exact
 however near they are. Where many pairs act it is done as a dense tile in float64 instead, all but
 the pairs that are too near even for that.
+
+On a device without float64 (`potential.widest`: Apple's MPS) no tile is dense, and sums are in
+float32. A sum of n numbers is off by n 2^-24 of the sum of their sizes at most, in any order, and
+as a rule by the square root of that n. So let n be the most active pairs that a point has, in a
+cloud of N, and m = n + N + (alpha + 2) (D + 8), where the last is the rounding of a pair itself.
+The energy is off by m 2^-24 of what |psi| and twice the |constant| (and 1 for alpha = 0) add up to
+over all pairs; the active energy by as much of that over the active pairs; the gradient of a point
+by as much of what |w| |x - y| adds up to over its own. Counts above 2^24 are rounded to float32.
 
 What its functions are for, `pfml_triton.backends.Backend` says.
 
@@ -32,6 +40,8 @@ from .potential import (
     active_energy,
     nan_unless_finite,
     rest_energy,
+    widened,
+    widest,
 )
 from .sketch import accumulation, lifted
 
@@ -110,7 +120,8 @@ def _in_full_precision(function: Callable[..., FieldTerms]) -> Callable[..., Fie
 def field_terms(
     acted_on: Cloud, acting: Cloud, potential: Potential, *, needs_grad: bool
 ) -> FieldTerms:
-    """See `Backend`. The energy is float64, the gradient float32 (float64 for float64 points)."""
+    """See `Backend`. The energy is in the widest type of the device, the gradient in float32
+    (float64 for float64 points)."""
     active, tiles = None, acted_on.tiles * acting.tiles
     if acted_on.basis is not None and tiles > 0:
         active = _active_tiles(acted_on, acting, potential, acted_on.basis)
@@ -163,7 +174,7 @@ def total(
     nearest = torch.nn.functional.pad(terms.nearest, (0, 1), value=torch.inf).amin().sqrt()
     found = (above, terms.attracting.sum(), terms.repelling.sum(), nearest, terms.active.sum())
     tiles = above.new_tensor(terms.tiles)
-    totals = torch.stack([t.double() for t in (*found, energy, nothing, tiles, outside)])
+    totals = torch.stack([widened(t) for t in (*found, energy, nothing, tiles, outside)])
     if before is not None:
         nearest = torch.minimum(before[3], totals[3])
         totals = before + totals
@@ -210,12 +221,12 @@ def _own_class(acted_on: Cloud, acting: Cloud) -> Tensor:
 def _no_terms(x: Tensor, needs_grad: bool) -> FieldTerms:
     none = x.new_zeros(2, len(x), dtype=torch.int64)
     return FieldTerms(
-        x.new_zeros(len(x), dtype=torch.float64),
+        x.new_zeros(len(x), dtype=widest(x.device)),
         none[0],
         none[1],
         none[0],
         torch.zeros_like(x) if needs_grad else None,
-        x.new_full((len(x),), torch.inf, dtype=torch.float64),
+        x.new_full((len(x),), torch.inf, dtype=widest(x.device)),
         none[0],
         0,
     )
@@ -311,8 +322,8 @@ def _active_pairs(
         d2 < potential.repulsion_radius**2 + margin,
     )
     nominated &= exists_x[:, :, None] & exists_y[:, None, :]
-    # Float64 points have no wider type to hide the cancellation in: always by differences.
-    if tile_x.dtype != torch.float64:
+    # Points of the widest type have none to hide the cancellation in: always by differences.
+    if tile_x.dtype != widest(tile_x.device):
         many = nominated.sum((1, 2)) > _DENSE_SHARE_OF_TILE * _TILE**2
         many &= exists_x.all(1) & exists_y.all(1)
         t = many.nonzero().squeeze(1)
@@ -360,7 +371,7 @@ def _whole_blocks(
         first = torch.searchsorted(acting.labels, labels)
         run = torch.searchsorted(acting.labels, labels, right=True) - first
         pairs = int(near_mask.sum()) + int(run.sum())
-        if pairs > _DENSE_SHARE * near_mask.numel() and dtype != torch.float64:
+        if pairs > _DENSE_SHARE * near_mask.numel() and dtype != widest(y.device):
             del near_mask
             needs_grad = terms.grad is not None
             _add(terms, index, _dense_rows(x, labels, y, acting.labels, potential, needs_grad))
@@ -415,10 +426,10 @@ def _add_pairs(
         d2 = torch.linalg.vecdot(difference, difference)
         psi, w, active = potential.pair_terms(d2, same[part])
         repels = active & ~same[part]
-        terms.energy.index_add_(0, rows, psi.double())
+        terms.energy.index_add_(0, rows, widened(psi))
         terms.attracting.index_add_(0, rows, (active & same[part]).long())
         terms.repelling.index_add_(0, rows, repels.long())
-        nearest = torch.where(repels, d2.double(), torch.inf)
+        nearest = torch.where(repels, widened(d2), torch.inf)
         terms.nearest.scatter_reduce_(0, rows, nearest, "amin")
         if terms.grad is not None:
             terms.grad.index_add_(0, rows, difference.mul_(w[:, None]))

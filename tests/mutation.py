@@ -40,18 +40,20 @@ LABELS = [
     "tests/test_robustness.py::test_labels_of_a_memory_bank_are_any",
     "tests/test_robustness.py::test_labels_out_of_range_show",
 ]
+NARROW = "tests/test_without_float64.py"
 NEAREST = {
     "pack.py": ["tests/test_module.py", *KERNELS],
     "total.py": [*LABELS, *KERNELS],
     "kernels": KERNELS,
     "distributed.py": ["tests/test_distributed.py"],
-    "operators.py": ["tests/test_module.py", "tests/test_functional.py", *LABELS],
+    "operators.py": ["tests/test_module.py", "tests/test_functional.py", *LABELS, NARROW],
     "module.py": ["tests/test_trainers.py", "tests/test_module.py", "tests/test_distributed.py"],
     "": [
         "tests/test_torch_backend.py",
         "tests/test_sketch.py",
         "tests/test_functional.py",
         *LABELS,
+        NARROW,
     ],
 }
 
@@ -220,6 +222,7 @@ FAULTS: dict[str, list[tuple[str, str]]] = {
         ("given - 0.5 * square", "given - 0.51 * square"),
         ("lift = torch.where(square.isfinite(), lift, torch.inf)", "pass"),
         ("lift - high.float())", "0 * high.float())"),
+        ("else x.cpu()).double()", "else x).double()"),
     ],
     "torch_backend.py": [
         ("length += length * 0", "pass"),
@@ -254,6 +257,10 @@ FAULTS: dict[str, list[tuple[str, str]]] = {
         ),
         ("many &= exists_x.all(1) & exists_y.all(1)", "pass"),
         ("nominated[t] = False", "pass"),
+        ("if tile_x.dtype != widest(tile_x.device)", "if tile_x.dtype != torch.float64"),
+        ("dtype != widest(y.device)", "dtype != torch.float64"),
+        ("torch.stack([widened(t) for", "torch.stack([t.double() for"),
+        ("widened(psi)", "psi.double()"),
         ("less = 0.5 * (1 - _slack(depth, dtype))", "less = 0.5"),
         ("near = -0.5 * potential.repulsion_radius**2", "near = -0.5 * potential.delta**2"),
         ("other = labels[i] != acting.labels[j]", "other = labels[i] > acting.labels[j]"),
@@ -284,7 +291,10 @@ FAULTS: dict[str, list[tuple[str, str]]] = {
         ("return -self._phi(self.delta)", "return self._phi(self.delta)"),
         ("return self._phi(self.repulsion_radius)", "return self._phi(self.delta)"),
         ("max(self.alpha, 1.0) * self.min_distance", "self.alpha * self.min_distance"),
-        ("+ (pairs - own_class).double()", "- (pairs - own_class).double()"),
+        ("+ widened(pairs - own_class)", "- widened(pairs - own_class)"),
+        ("+ widened(pairs - own_class)", "+ (pairs - own_class).double()"),
+        ("return widened(terms.energy)", "return terms.energy.double()"),
+        ('_WITHOUT_FLOAT64 = ("mps",)', "_WITHOUT_FLOAT64 = ()"),
         (".mul_(2).square_() * 0", ".square_() * 0"),
         ("labels = self.labels[: self.batch]", "labels = self.labels"),
         ("(labels < 0) | (labels >= self.classes)", "labels >= self.classes"),
@@ -313,6 +323,7 @@ FAULTS: dict[str, list[tuple[str, str]]] = {
         ("low < 0 or high >= classes", "low < 0 or high > classes"),
         ("None if classes is None else Given(labels, points.shape[0], classes)", "None"),
         ("source_labels.clamp(-1, classes)", "source_labels"),
+        ("dtype=widest(points.device)", "dtype=torch.float64"),
     ],
     "module.py": [
         (
