@@ -228,12 +228,11 @@ class Split(NamedTuple):
 
     def empty(self, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Buffers for the gradients, where those of all points are `grad` [N, D]."""
-        sizes = (self.b, grad.shape[0] - self.b)
-        first, second = (
-            None if dtype is None else grad.new_empty(size, grad.shape[1], dtype=dtype)
-            for size, dtype in zip(sizes, self.dtypes, strict=True)
+        (n, dim), (first, second) = grad.shape, self.dtypes
+        return (
+            None if first is None else grad.new_empty(self.b, dim, dtype=first),
+            None if second is None else grad.new_empty(n - self.b, dim, dtype=second),
         )
-        return first, second
 
 
 def active_energy(terms: FieldTerms, potential: Potential) -> torch.Tensor:
