@@ -743,8 +743,9 @@ def casts_and_moves(world: World) -> None:
 CHECKS: tuple[Callable[[World], None], ...] = (
     gradients_of_torch, gradients_of_the_kernels, network_under_ddp, training, out_of_step,
     network_under_fsdp2, in_a_model, accumulation, sharded_and_called_from_outside,
-    a_loss_under_fsdp2, memory_bank, the_sketch_turns_alike, no_batch_at_all, dtypes_that_differ,
-    compiled_around, no_proxies, nan_everywhere, a_wrong_label_shows_everywhere, one_rank_in_error, one_rank_fails_anywhere,
+    a_loss_under_fsdp2, memory_bank, the_sketch_turns_alike, no_batch_at_all,
+    dtypes_that_differ, compiled_around, no_proxies, nan_everywhere,
+    a_wrong_label_shows_everywhere, one_rank_in_error, one_rank_fails_anywhere,
     ranks_out_of_step, tensors_of_any_layout, losses_that_differ, dtensors_are_refused,
     proxies_of_rank_0, groups_of_some_ranks, no_backend_for_the_cpu, state, state_of_others,
     from_one_process_and_back, casts_and_moves, built_before_there_is_a_group,
