@@ -7,9 +7,11 @@ of its share of the classes, in the field of all points. The weights of pairs ar
 rows hold the complete gradient of its points. Backward gathers the rows of the proxies, and nothing
 else.
 
-*Nobody waits for a rank that has failed.* Before points, totals or gradients are gathered, all
-ranks say, on the hosts, whether they have done their part. Where one could not, every rank raises
-an error, and nothing is gathered.
+*Nobody waits for a rank that has failed.* Three times a step all ranks say, on the hosts, whether
+they have done their part, and where one has not, every rank raises an error: before anything is
+gathered, at the end of forward, and in backward. What is gathered is gathered into memory, and from
+memory, that was there before they agreed. A rank that fails between the two agreements of forward
+sends totals that are NaN.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 from zlib import crc32
 
 import torch
@@ -34,13 +36,13 @@ from .operators import (
     is_dry_run,
     is_transformed,
 )
-from .potential import TOTALS
+from .potential import TOTALS, widest
 
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its newer name
 _ALIGNMENT = 16  # bytes, of a rank's part of what is gathered
-_NUMBERS = 8  # that a rank can say where ranks agree, with the place and whether it failed
+_NUMBERS = 8  # that a rank says where ranks agree, with the place and whether it failed
 _TEXT = 1024  # bytes of an error that others hear of
-_POINTS, _ROOM, _TOTALS, _BACKWARD = range(4)  # of a step, where ranks agree
+_BEGIN, _ROOM, _END, _BACKWARD = range(4)  # of a step, where ranks agree
 
 
 class ShardedPFMLLoss(PFMLLoss):
@@ -51,10 +53,12 @@ class ShardedPFMLLoss(PFMLLoss):
     inside or outside of a model that DistributedDataParallel or `fully_shard` wraps:
 
     - Every rank has all proxies. The first call makes them those of rank 0, and so does the first
-      one after `reset_parameters`, `set_num_classes` or `load_state_dict`.
+      one after they were drawn, loaded or assigned. Under `fully_shard`, whose shards it cannot
+      write, they have to be equal.
     - Their gradient is complete and the same on every rank. To average it changes nothing.
     - **The gradient of the embeddings is multiplied by the number of ranks**, since
-      DistributedDataParallel and its like average the gradient of the network, which is then right.
+      DistributedDataParallel and its like average the gradient of the network, which is then
+      right. In float16 it overflows that much sooner, of which a GradScaler takes care.
     - Memory banks may differ from rank to rank. They act on all points, and feel no force.
     - All ranks call it equally often, forward and backward. An error of one rank is raised on all.
 
@@ -74,6 +78,7 @@ class ShardedPFMLLoss(PFMLLoss):
     _group: Ranks | None  # that was given
     _ranks: Ranks | None = None  # of the last call
     _is_new = True  # are the proxies still to be those of rank 0?
+    _is_managed = False  # by fully_shard, which makes another parameter of its shards every time
 
     def __init__(
         self,
@@ -87,24 +92,29 @@ class ShardedPFMLLoss(PFMLLoss):
         super().__init__(num_classes, embedding_size, proxies_per_class, **settings)
         self._group = None if process_group is None else Ranks(process_group)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "proxies":
+            self._is_managed |= type(value).__name__ == "DTensor"
+            self._is_new |= not self._is_managed
+
     def reset_parameters(self) -> None:
         """As of `PFMLLoss`; the next call takes the proxies of rank 0."""
         super().reset_parameters()
         self._is_new = True
 
-    def set_num_classes(self, *args: Any, **kwargs: Any) -> None:
-        """As of `PFMLLoss`, on all ranks; the next call takes the proxies of rank 0."""
-        super().set_num_classes(*args, **kwargs)
-        self._is_new = True
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """As of `PFMLLoss`; the next call takes the proxies of rank 0."""
-        super().set_extra_state(state)
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
         self._is_new = True
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies, which look for the default group themselves."""
         return super().__getstate__() | {"_ranks": None}
+
+    def _refuse(self, error: Exception) -> NoReturn:
+        with self._ranks_now().agreement(_BEGIN):
+            raise error
+        raise AssertionError
 
     def _ranks_now(self) -> Ranks:
         if self._group is not None:
@@ -145,13 +155,16 @@ class ShardedPFMLLoss(PFMLLoss):
             RuntimeError: there is no process group; another rank failed; ranks do not call equally
                 often.
         """
-        ranks = self._ranks_now()
         if is_dry_run():
-            with _disable_current_modes(), ranks.agreement(_POINTS):
-                raise RuntimeError("ShardedPFMLLoss cannot be called with fake tensors or make_fx")
-        with ranks.agreement(_POINTS) as numbers:
+            with _disable_current_modes():
+                self._refuse(
+                    RuntimeError("ShardedPFMLLoss cannot be called with fake tensors or make_fx")
+                )
+        ranks = self._ranks_now()
+        with ranks.agreement(_BEGIN) as numbers:
             if is_transformed():
                 raise RuntimeError("ShardedPFMLLoss cannot be called under torch.func")
+            self._watch()
             self._check_call(embeddings, labels, indices_tuple, ref_emb, ref_labels)
             if gets_gradient(ref_emb):
                 raise ValueError(
@@ -161,10 +174,15 @@ class ShardedPFMLLoss(PFMLLoss):
             settings = self._common(embeddings)
             real = torch.promote_types(embeddings.dtype, torch.float32)
             own = _packed(embeddings, labels, ref_emb, ref_labels, real)
-            room = ranks.room(own.device)
+            room = ranks.room(own, ranks.longest)
+            proxies = self._proxies_to_send()
+            mine = proxies.new_full((len(TOTALS),), torch.nan, dtype=widest(proxies.device))
+            rows = mine.new_empty(ranks.size * len(TOTALS))
+            settings = self._common(embeddings)
             banks = 0 if ref_emb is None else len(ref_emb)
-            numbers += [len(labels), banks, real.itemsize, self._is_new, crc32(settings.encode())]
-        *sizes, news, alike = numbers
+            numbers += [len(labels), banks, real.itemsize, ranks.longest, self._is_new]
+            numbers.append(crc32(settings.encode()))
+        *sizes, longest, news, alike = numbers
         if len(set(alike)) > 1:
             texts = ranks.texts(settings)
             other = next(rank for rank, text in enumerate(texts) if text != texts[0])
@@ -172,38 +190,67 @@ class ShardedPFMLLoss(PFMLLoss):
                 f"all ranks must have the same loss, got on rank 0 {texts[0]}, and on rank {other} "
                 f"{texts[other]}"
             )
+        parts = _parts(self.embedding_size, sizes)
+        length = max(*longest, *(_aligned(sum(of_rank)) for of_rank in parts))
+        if length > min(longest):
+            with ranks.agreement(_ROOM):
+                room = ranks.room(own, length)
+            ranks.longest = length
 
-        with ranks.agreement(_TOTALS):
-            if any(news):
-                ranks.broadcast(self.proxies)
-                self._is_new = False
-            of_points, of_bank, points, bank = ranks.gather(own, room, self.embedding_size, sizes)
-            real = torch.float64 if 8 in sizes[2] else torch.float32
-            batch = torch.cat([p.to(real) for p in points])
-            proxies, of_proxies = self.proxies.to(real), self._labels_of_proxies()
-            everyone = torch.cat([batch, proxies.detach().flatten(0, 1)])
-            share = ranks.share(self.num_classes)
-            of_share = of_proxies.view(self.num_classes, -1)[share].flatten()
-            sources = torch.cat([p.to(real) for p in bank]) if any(sizes[1]) else None
-            value, totals = total_energy(
-                embeddings,
-                torch.cat([labels.to(torch.int64), of_share]),
-                self.potential,
-                proxies=proxies,
-                sources=sources,
-                source_labels=None if sources is None else torch.cat(of_bank),
-                everyone=everyone,
-                everyone_labels=torch.cat([*of_points, of_proxies]),
-                basis=self._basis_for(batch),
-                operator=partial(_Rows.apply, ranks),
-                **self._settings(),
-            )
-            rows = totals.new_empty(ranks.size * len(totals))
-            n, others = len(everyone), 0 if sources is None else len(sources)
-            pairs = max(n * (n - 1 + others), 1) if self.reduction == "mean" else 1
-        value, totals = ranks.total(value, totals, rows, pairs)
-        self._keep(totals)
+        with ranks.agreement(_END):
+            step = _Step(ranks)
+            try:
+                ranks.gather(*room)
+                if any(news):
+                    ranks.broadcast(proxies)
+                    self._take(proxies)
+                gathered = _unpacked(
+                    room[0].view(ranks.size, length), parts, sizes, self.embedding_size
+                )
+                value, totals, pairs = self._own_rows(step, embeddings, labels, *gathered)
+                mine.copy_(totals)
+            finally:
+                ranks.gather(rows, mine)
+            whole = _summed(rows.view(ranks.size, -1))
+            found = dict(zip(TOTALS, whole, strict=True))
+            step.nothing = found["nothing"]
+            with torch.no_grad():
+                value.copy_(found["energy"] / pairs + found["nothing"])
+            self._keep(whole)
         return value
+
+    def _own_rows(
+        self,
+        step: _Step,
+        embeddings: Tensor,
+        labels: Tensor,
+        of_points: list[Tensor],
+        of_bank: list[Tensor],
+        points: list[Tensor],
+        bank: list[Tensor],
+    ) -> tuple[Tensor, Tensor, int]:
+        """Value and `TOTALS` of this rank's rows, and what the energy of all is divided by."""
+        batch = torch.cat(points)
+        proxies, of_proxies = self.proxies.to(batch.dtype), self._labels_of_proxies()
+        everyone = torch.cat([batch, proxies.detach().flatten(0, 1)])
+        share = step.ranks.share(self.num_classes)
+        of_share = of_proxies.view(self.num_classes, -1)[share].flatten()
+        sources = torch.cat(bank)
+        value, totals = total_energy(
+            embeddings,
+            torch.cat([labels.to(torch.int64), of_share]),
+            self.potential,
+            proxies=proxies,
+            sources=sources if len(sources) else None,
+            source_labels=torch.cat(of_bank) if len(sources) else None,
+            everyone=everyone,
+            everyone_labels=torch.cat([*of_points, of_proxies]),
+            basis=self._basis_for(batch),
+            operator=partial(_Rows.apply, step),
+            **self._settings(),
+        )
+        n = len(everyone)
+        return value, totals, max(n * (n - 1 + len(sources)), 1) if self.reduction == "mean" else 1
 
     def _common(self, embeddings: Tensor) -> str:
         """What has to be the same on all ranks."""
@@ -214,6 +261,28 @@ class ShardedPFMLLoss(PFMLLoss):
         return (
             f"proxies {list(p.shape)} {p.dtype} on {p.device.type}, {settings}, gradients: {gets}"
         )
+
+    @property
+    def _are_written(self) -> bool:
+        """Can the proxies be written to? Not where they are made anew for every call."""
+        return "proxies" in self._parameters and not self._is_managed
+
+    def _proxies_to_send(self) -> Tensor:
+        proxies = self.proxies.detach()
+        return proxies.contiguous() if self._are_written else proxies.clone()
+
+    @torch.no_grad()
+    def _take(self, proxies: Tensor) -> None:
+        """Make the proxies those of rank 0."""
+        if self._are_written:
+            self.proxies.copy_(proxies)
+        elif not torch.equal(self.proxies, proxies):
+            raise ValueError(
+                "proxies that fully_shard or a parametrization makes for every call must be equal "
+                "on all ranks, got others on this rank than on rank 0: draw them from one seed, or "
+                "load one state on all ranks"
+            )
+        self._is_new = False
 
 
 class Ranks:
@@ -234,8 +303,8 @@ class Ranks:
             )
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.longest = _ALIGNMENT  # bytes of a rank's part of what was gathered so far, at most
         self._hosts: dist.ProcessGroup | None = None  # made when it is needed
-        self._longest = 0  # bytes of a rank's part of what was gathered so far
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
         return self
@@ -277,9 +346,9 @@ class Ranks:
         numbers = [place, int(error is not None), *own]
         numbers += [0] * (_NUMBERS - len(numbers))
         said = torch.tensor(numbers, dtype=torch.int64, device="cpu")
-        places, failed, *others = self._gathered(said, hosts=True).T.tolist()
+        places, failed, *others = self._heard(said).T.tolist()
         if any(failed) and len(set(places)) == 1:
-            text = self.texts(f"{type(error).__name__}: {error}")[failed.index(1)]
+            text = self.texts(_described(error))[failed.index(1)]
             text = f"rank {failed.index(1)} of {self.size} failed, and so do all: {text}"
         else:
             text = (
@@ -292,88 +361,33 @@ class Ranks:
 
     def texts(self, own: str) -> list[str]:
         """What each rank says, at most `_TEXT` bytes of it."""
-        text = own.encode()[:_TEXT].ljust(_TEXT, b"\0")
+        text = own.encode(errors="replace")[:_TEXT].ljust(_TEXT, b"\0")
         said = torch.tensor(list(text), dtype=torch.uint8, device="cpu")
-        all_said = self._gathered(said, hosts=True).tolist()
-        return [bytes(text).rstrip(b"\0").decode(errors="replace") for text in all_said]
+        heard = self._heard(said).tolist()
+        return [bytes(text).rstrip(b"\0").decode(errors="replace") for text in heard]
 
-    @torch.no_grad()
-    def broadcast(self, proxies: Tensor) -> None:
-        """Make the proxies those of rank 0."""
-        if proxies.numel() > 0:
-            whole = proxies.detach().contiguous()
-            dist.broadcast(whole, group=self.group, group_src=0)
-            proxies.copy_(whole)
-
-    def room(self, device: torch.device, length: int | None = None) -> Tensor:
-        """Memory to gather in, uint8 [W + 1, L]: what is received, and what this rank sends."""
-        length = self._longest if length is None else length
-        return torch.empty((self.size + 1) * length, dtype=torch.uint8, device=device)
-
-    def gather(
-        self, own: Tensor, room: Tensor, dim: int, sizes: list[list[int]]
-    ) -> tuple[list[Tensor], ...]:
-        """Labels of the batches, of the memory banks, points of batches and of banks, by rank.
-
-        Args:
-            own: of `_packed`.
-            room: of `room`, for as much as was gathered so far.
-            dim: D.
-            sizes: rows of the batches, rows of the memory banks, and bytes of an entry, by rank.
-        """
-        lengths = [
-            [8 * b, 8 * r, b * dim * width, r * dim * width]
-            for b, r, width in zip(*sizes, strict=True)
-        ]
-        longest = (max(map(sum, lengths)) // _ALIGNMENT + 1) * _ALIGNMENT
-        if longest > self._longest:
-            with self.agreement(_ROOM):
-                room = self.room(own.device, longest)
-            self._longest = longest
-        all_received, sent = room[: self.size * longest], room[self.size * longest :][:longest]
-        sent[: len(own)] = own
-        self._gathered(sent, all_received)
-        found: list[list[Tensor]] = [[], [], [], []]
-        for received, length, width in zip(
-            all_received.view(self.size, longest), lengths, sizes[2], strict=True
-        ):
-            real = torch.float64 if width == 8 else torch.float32
-            parts = received[: sum(length)].split(length)
-            for i, part in enumerate(parts):
-                found[i].append(part.view(torch.int64) if i < 2 else part.view(real).view(-1, dim))
-        return tuple(found)
-
-    def total(
-        self, value: Tensor, totals: Tensor, rows: Tensor, pairs: int
-    ) -> tuple[Tensor, Tensor]:
-        """The value and the `TOTALS` of all ranks' rows, the same bits on every rank.
-
-        Args:
-            value: of this rank's rows; the gradient goes there.
-            totals: of this rank's rows.
-            rows: memory for the totals of all ranks.
-            pairs: that the energy is divided by.
-        """
-        by_rank = self._gathered(totals, rows)
-        whole = by_rank.sum(0)
-        found = dict(zip(TOTALS, whole, strict=True))
-        nearest = TOTALS.index("smallest_distance")
-        whole[nearest] = by_rank[:, nearest].amin()
-        energy = (found["energy"] / pairs + found["nothing"]).to(value.dtype)
-        # What is NaN on one rank is NaN on all, in backward as well.
-        passed_on = (value - value.detach()) * (1 + found["nothing"]).to(value.dtype)
-        return energy + passed_on, whole
-
-    def gather_rows(self, own: Tensor, rows: Tensor) -> None:
-        """Fill `rows` [W S, ...] with what every rank has of `own` [S, ...], both contiguous."""
-        if own.numel() > 0:
-            self._gathered(own.view(-1), rows.view(-1))
-
-    def _gathered(self, own: Tensor, out: Tensor | None = None, *, hosts: bool = False) -> Tensor:
-        """What every rank has of a tensor [L]: [W, L], in `out` if it is given."""
-        out = own.new_empty(self.size * own.shape[0]) if out is None else out
-        _all_gather(out, own, group=self._group_of_hosts() if hosts else self.group)
+    def _heard(self, said: Tensor) -> Tensor:
+        """What the hosts of all ranks say: [W, L] for [L], on the CPU."""
+        out = said.new_empty(self.size * len(said))
+        _all_gather(out, said, group=self._group_of_hosts())
         return out.view(self.size, -1)
+
+    def room(self, own: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Memory for what all ranks send, [W L], and what this rank sends, `own` as far as it goes,
+        [L]; both uint8."""
+        received, sent = own.new_empty(self.size * length), own.new_empty(length)
+        sent[: len(own)] = own[:length]
+        return received, sent
+
+    def gather(self, received: Tensor, sent: Tensor) -> None:
+        """Fill `received` [W L] with what every rank has `sent` [L]."""
+        if len(sent) > 0:
+            _all_gather(received, sent, group=self.group)
+
+    def broadcast(self, x: Tensor) -> None:
+        """Make `x`, contiguous, that of rank 0."""
+        if x.numel() > 0:
+            dist.broadcast(x, group=self.group, group_src=0)
 
     def _group_of_hosts(self) -> dist.ProcessGroup:
         """The group that hosts exchange numbers in, on their CPUs."""
@@ -388,38 +402,64 @@ class Ranks:
         return self._hosts
 
 
+class _Step:
+    """What forward leaves for backward."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.nothing: Tensor | None = None  # of the totals of all ranks
+
+
 class _Rows(torch.autograd.Function):
     """`PotentialEnergy` of the rows of a rank, and the backward that all ranks take together."""
 
     @staticmethod
     def forward(
-        ctx: Any, ranks: Ranks, points: Tensor, labels: Tensor, proxies: Tensor, *args: Any
+        ctx: Any, step: _Step, points: Tensor, labels: Tensor, proxies: Tensor, *args: Any
     ) -> tuple[Tensor | None, ...]:
-        ctx.ranks, ctx.classes = ranks, len(proxies)
+        ctx.step, ctx.classes = step, len(proxies)
         with torch.enable_grad():  # or a second derivative would be wrong without a word
-            part = proxies[ranks.share(len(proxies))]
+            part = proxies[step.ranks.share(len(proxies))]
         inputs = points, labels, part, *args
         outputs = PotentialEnergy.forward(*inputs)
         PotentialEnergy.setup_context(ctx, inputs, outputs)
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
-        ranks: Ranks = ctx.ranks
+    def backward(ctx: Any, grad_output: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
+        ranks = ctx.step.ranks
+        rows: tuple[Tensor, Tensor] | None = None
         with ranks.agreement(_BACKWARD):
-            first, _, second, *others = PotentialEnergy.backward(ctx, *grad_outputs)
+            if is_transformed():
+                raise RuntimeError("the backward of ShardedPFMLLoss takes no batches of gradients")
+            # What is NaN on one rank is NaN on all.
+            grad_output = grad_output + ctx.step.nothing.to(grad_output.dtype)
+            first, _, second, *others = PotentialEnergy.backward(ctx, grad_output)
             first = None if first is None else first * ranks.size
             if second is not None:
                 most = -(-ctx.classes // ranks.size)
-                rows = second.new_empty(ranks.size * most, *second.shape[1:])
-                missing = most - len(second)
-                own = torch.cat([second, second.new_zeros(missing, *second.shape[1:])])
-        if second is not None:
-            ranks.gather_rows(own, rows)
-            second = rows[: ctx.classes]
-            if torch.is_grad_enabled():
-                second = OnceDifferentiable.apply(second, own)
+                own = second.contiguous()
+                if len(own) < most:
+                    own = torch.cat([own, own.new_zeros(most - len(own), *own.shape[1:])])
+                every = own.new_empty(ranks.size * most, *own.shape[1:])
+                rows = every.view(-1), own.detach().view(-1)
+                second = every[: ctx.classes]
+        if rows is not None:
+            ranks.gather(*rows)
+        if second is not None and torch.is_grad_enabled():
+            second = OnceDifferentiable.apply(second, own)
         return None, first, None, second, *others
+
+
+def _described(error: BaseException | None) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__
+
+
+def _aligned(length: int) -> int:
+    return (length // _ALIGNMENT + 1) * _ALIGNMENT
 
 
 def _packed(
@@ -429,7 +469,7 @@ def _packed(
     ref_labels: Tensor | None,
     real: torch.dtype,
 ) -> Tensor:
-    """What a rank has for the others, uint8 [bytes], in the order of `Ranks.gather`."""
+    """What a rank has for the others, uint8 [bytes]."""
     parts = [(labels, torch.int64), (ref_labels, torch.int64), (embeddings, real), (ref_emb, real)]
     # A clone: a tensor of one element passes for contiguous whatever its stride, but has no view.
     dense = [
@@ -438,3 +478,35 @@ def _packed(
         if part is not None
     ]
     return torch.cat([part.view(torch.uint8) for part in dense])
+
+
+def _parts(dim: int, sizes: list[list[int]]) -> list[list[int]]:
+    """Bytes of the parts of `_packed`, by rank, for the rows of batches and of memory banks and the
+    bytes of an entry, by rank."""
+    return [
+        [8 * b, 8 * r, b * dim * width, r * dim * width] for b, r, width in zip(*sizes, strict=True)
+    ]
+
+
+def _unpacked(
+    received: Tensor, parts: list[list[int]], sizes: list[list[int]], dim: int
+) -> list[list[Tensor]]:
+    """By rank: labels of batches, of memory banks, points of batches, and of banks."""
+    widths = sizes[2]
+    real = torch.float64 if 8 in widths else torch.float32
+    found: list[list[Tensor]] = [[], [], [], []]
+    for of_rank, lengths, width in zip(received, parts, widths, strict=True):
+        dtypes = [torch.int64] * 2 + [torch.float64 if width == 8 else torch.float32] * 2
+        split = of_rank[: sum(lengths)].split(lengths)
+        for i, (part, dtype) in enumerate(zip(split, dtypes, strict=True)):
+            values = part.view(dtype)
+            found[i].append(values if i < 2 else values.view(-1, dim).to(real))
+    return found
+
+
+def _summed(rows: Tensor) -> Tensor:
+    """The `TOTALS` of a field [T] from those of its ranks' rows [W, T]: the same bits on each."""
+    whole = rows.sum(0)
+    nearest = TOTALS.index("smallest_distance")
+    whole[nearest] = rows[:, nearest].amin()
+    return whole

@@ -148,16 +148,37 @@ class CrossBatchMemory(losses.CrossBatchMemory):  # type: ignore[misc]
             TypeError, ValueError: as the loss; a mask that does not fit; more rows for the memory
                 than it has. The memory is then as before.
         """
+        try:
+            memory, batch, queued = self._of_call(embeddings, labels, indices_tuple, enqueue_mask)
+        except (TypeError, ValueError) as error:
+            self.loss._refuse(error)
+        value: Tensor = self.loss(*batch)
+        self.embedding_memory, self.label_memory = memory
+        if len(queued[0]) > 0:  # the library takes an empty queue that gets nothing for a full one
+            self.add_to_memory(*queued, len(queued[0]))
+        return value
+
+    def _of_call(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        indices_tuple: None,
+        enqueue_mask: Tensor | None,
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Any, ...], tuple[Tensor, Tensor]]:
+        """The memory where a call needs it, the arguments of the loss, and what to memorise."""
         _refuse_tuples(indices_tuple)
         labels = _moved(labels, embeddings)
         _check_cloud(embeddings, labels, "embeddings", "labels", "B")
         device = embeddings.device
         queued, queued_labels = embeddings, labels
         if enqueue_mask is not None:
-            if enqueue_mask.dtype != torch.bool or enqueue_mask.shape != embeddings.shape[:1]:
+            is_mask = isinstance(enqueue_mask, Tensor) and enqueue_mask.dtype == torch.bool
+            if not is_mask or enqueue_mask.shape != embeddings.shape[:1]:
+                got = type(enqueue_mask).__name__
+                if isinstance(enqueue_mask, Tensor):
+                    got = f"{list(enqueue_mask.shape)} {enqueue_mask.dtype}"
                 raise ValueError(
-                    f"enqueue_mask must be [B] bool with B = {len(embeddings)}, "
-                    f"got {list(enqueue_mask.shape)} {enqueue_mask.dtype}"
+                    f"enqueue_mask must be [B] bool with B = {len(embeddings)}, got {got}"
                 )
             mask = enqueue_mask.to(device)
             queued, queued_labels = embeddings[mask], labels[mask]
@@ -168,27 +189,23 @@ class CrossBatchMemory(losses.CrossBatchMemory):  # type: ignore[misc]
                 f"memory_size must be at least the rows of a batch, got {count} rows for a "
                 f"memory of {self.memory_size}"
             )
-        self.embedding_memory = self.embedding_memory.to(device, embeddings.dtype)
-        self.label_memory = self.label_memory.to(device, labels.dtype)
+        memory = self.embedding_memory.to(device, embeddings.dtype), self.label_memory.to(device)
 
         # From the oldest row on, what was never filled comes first, and what the batch is going to
-        # replace. The rows are copies: autograd keeps them, and the memory changes below.
+        # replace. The rows are copies: autograd keeps them, and the memory changes after the call.
         held = self.memory_size if self.has_been_filled else self.queue_idx
         first = max(self.memory_size - held, count)
         rows = torch.arange(first, self.memory_size, device=device) + self.queue_idx
         rows %= self.memory_size
-        ref_emb, ref_labels = self.embedding_memory[rows], self.label_memory[rows]
+        ref_emb, ref_labels = (table[rows] for table in memory)
         if enqueue_mask is not None:
             ref_emb = torch.cat([ref_emb, queued.detach()])
             ref_labels = torch.cat([ref_labels, queued_labels])
-        value: Tensor = self.loss(embeddings, labels, None, ref_emb, ref_labels)
-        if count > 0:  # the library takes an empty queue that gets nothing for a full one
-            self.add_to_memory(queued, queued_labels, count)
-        return value
+        return memory, (embeddings, labels, None, ref_emb, ref_labels), (queued, queued_labels)
 
     def get_extra_state(self) -> Tensor:
         """The position in the memory and whether it has been filled, beside its rows."""
-        return torch.tensor([self.queue_idx, int(self.has_been_filled)])
+        return torch.tensor([self.queue_idx, int(self.has_been_filled)], device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         """What `get_extra_state` returned."""

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from .potential import Potential
 from .serving import BACKENDS
 from .sketch import is_traced, random_basis, sound_basis
 
-_PATIENCE = 40  # training calls, see `PFMLLoss._watch`
+_PATIENCE = 100  # training calls, see `PFMLLoss._watch`
 
 
 def _size(least: int) -> Callable[[str, Any], int]:
@@ -134,7 +134,7 @@ class PFMLLoss(nn.Module):
 
     proxies: nn.Parameter
     _unmoved: tuple[int, int] | None  # see `_watch`
-    _bits: Tensor
+    _bits: Any = None
 
     def __init__(
         self,
@@ -209,6 +209,7 @@ class PFMLLoss(nn.Module):
             TypeError, ValueError: wrong types, shapes, devices or values, naming what came.
         """
         self._check_call(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        self._watch()
         real = torch.promote_types(embeddings.dtype, torch.float32)
         value, totals = total_energy(
             embeddings,
@@ -235,17 +236,19 @@ class PFMLLoss(nn.Module):
         if torch.compiler.is_exporting() or is_dry_run() or totals.is_meta:
             return
         self._totals = None if is_transformed() else totals
-        if self._unmoved is not None and self.training and not torch.compiler.is_compiling():
-            self._watch(*self._unmoved)
 
-    def _watch(self, calls: int, version: int) -> None:
+    def _watch(self) -> None:
         """Warn once if the proxies never change; a call in training, without waiting for a device.
 
         An optimizer's step gives them another version, but for a fused one's. If there is none for
         long, their bits are compared, and what was found is read when it has arrived.
         """
-        proxies = self.proxies
+        if self._unmoved is None or not self.training or torch.compiler.is_compiling():
+            return
+        proxies, (calls, version) = self.proxies, self._unmoved
         if not (proxies.requires_grad and torch.is_grad_enabled()) or proxies.numel() == 0:
+            return
+        if is_transformed() or is_dry_run() or proxies.is_meta or "proxies" not in self._parameters:
             return
         if proxies.is_cuda and torch.cuda.is_current_stream_capturing():
             return
@@ -256,7 +259,7 @@ class PFMLLoss(nn.Module):
             self._bits = _checksum(proxies)
         elif calls == 2 * _PATIENCE:
             same = torch.zeros((), dtype=torch.bool, device="cpu", pin_memory=proxies.is_cuda)
-            self._bits = same.copy_(_checksum(proxies) == self._bits, non_blocking=True)
+            self._bits = same.copy_(_checksum(proxies).eq(self._bits), non_blocking=True)
         elif calls == 3 * _PATIENCE:
             self._unmoved = None
             if self._bits:
@@ -264,8 +267,12 @@ class PFMLLoss(nn.Module):
                     f"the proxies have not changed in {calls} training calls: give them to the "
                     "optimizer, which loss.param_groups(lr) does, or freeze them with "
                     "loss.proxies.requires_grad_(False)",
-                    stacklevel=6,  # the call
+                    stacklevel=5,  # the call
                 )
+
+    def _refuse(self, error: Exception) -> NoReturn:
+        """Raise what came before a call."""
+        raise error
 
     def _check_call(
         self,
@@ -339,22 +346,28 @@ class PFMLLoss(nn.Module):
                 f"[{expected}], got {got}"
             )
         state = state.detach().to("cpu", torch.uint8)
+        self._unmoved = 0, -1  # for the proxies were loaded
         self._calls.copy_(state[:8].clone().view(torch.int64)[0].clamp_min(0))
         self.sketch_basis = state[8:].clone().view(torch.bfloat16).view(basis.shape)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies. torch.multiprocessing would have processes share tensors, and these are
         written in place: so they go as bytes."""
-        own = {"_basis": None, "_calls": None, "_proxy_labels": None}
-        return self.__dict__ | own | {"_sent": bytes(self.get_extra_state().tolist())}
+        own: dict[str, Any] = {"_proxy_labels": None, "_bits": None, "_unmoved": (0, -1)}
+        if not is_dry_run():  # which has no bytes
+            own |= {"_basis": None, "_calls": None}
+            own["_sent"] = bytes(self.get_extra_state().tolist())
+        return self.__dict__ | own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        sent = torch.tensor(list(state.pop("_sent")), dtype=torch.uint8, device="cpu")
+        sent = state.pop("_sent", None)
         super().__setstate__(state)
-        self._basis = random_basis(self.embedding_size, torch.device("cpu")).clone()
-        self._calls = torch.zeros((), dtype=torch.int64, device="cpu")
-        self.set_extra_state(sent)
+        if sent is not None:
+            self._basis = random_basis(self.embedding_size, torch.device("cpu")).clone()
+            self._calls = torch.zeros((), dtype=torch.int64, device="cpu")
+            self.set_extra_state(torch.tensor(list(sent), dtype=torch.uint8, device="cpu"))
 
+    @torch.inference_mode(False)  # or the parameter could never be trained
     @torch.no_grad()
     def set_num_classes(
         self,
@@ -372,7 +385,8 @@ class PFMLLoss(nn.Module):
             num_classes: C' >= 1.
             optimizer: that has the proxies, or None if there is none yet. It gets the new parameter
                 in place of the old one, with what it has for the classes that are kept (Adam's
-                moments, say); for new classes that is 0.
+                moments, say); for new classes that is 0. LBFGS, whose history is of all parameters
+                together, is refused.
             keep: the present classes that become classes 0, 1, ... in this order, at most C' of
                 them. None is the first ones, as many as there can be. The proxies of the classes
                 after them are drawn anew.
@@ -383,7 +397,11 @@ class PFMLLoss(nn.Module):
         """
         num_classes = _size(1)("num_classes", num_classes)
         old = self.proxies
-        if type(old.detach()) is not Tensor:
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise TypeError(
+                "optimizer must keep a state for each parameter, got LBFGS: make a new one"
+            )
+        if type(old).__name__ == "DTensor":
             raise TypeError(
                 f"proxies must be a plain parameter, got a {type(old).__name__}: set_num_classes "
                 "comes before fully_shard"
@@ -405,10 +423,10 @@ class PFMLLoss(nn.Module):
         if optimizer is not None and not places:
             raise ValueError("the optimizer must have the proxies of the loss, got one without")
 
-        def of_kept(table: Any) -> Any:
+        def of_kept(table: Any, of_new: float = 0.0) -> Any:
             if not isinstance(table, Tensor) or table.dim() == 0 or len(table) != len(old):
                 return table
-            new = table.new_zeros(num_classes, *table.shape[1:])
+            new = table.new_full((num_classes, *table.shape[1:]), of_new)
             new[: len(classes)] = table[classes]
             return new
 
@@ -416,7 +434,11 @@ class PFMLLoss(nn.Module):
         proxies[len(classes) :].normal_(std=self.embedding_size**-0.5)
         new = nn.Parameter(proxies, old.requires_grad)
         if optimizer is not None and old in optimizer.state:
-            state = {name: of_kept(value) for name, value in optimizer.state[old].items()}
+            rate = next(g["lr"] for g in optimizer.param_groups if g["params"] is places[0][0])
+            state = {
+                name: of_kept(value, rate if name == "step_size" else 0.0)  # of Rprop
+                for name, value in optimizer.state[old].items()
+            }
             del optimizer.state[old]
             optimizer.state[new] = state
         for group, i in places:

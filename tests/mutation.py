@@ -349,7 +349,10 @@ FAULTS: dict[str, list[tuple[str, str]]] = {
         ("if not self.prune or is_dry_run():", "if not self.prune:"),
         ("is_exporting() or is_dry_run() or totals.is_meta:", "is_exporting() or totals.is_meta:"),
         ("proxies._version != version:", "False:"),
-        ("_checksum(proxies) == self._bits, non", "_checksum(proxies) == _checksum(proxies), non"),
+        (
+            "_checksum(proxies).eq(self._bits), non",
+            "_checksum(proxies).eq(_checksum(proxies)), non",
+        ),
         ("self._unmoved = 0, -1  # fully", "pass  # fully"),
         ("self._calls.copy_(state[:8]", "torch.zeros(()).copy_(state[:8]"),
         (".clamp_min(0))\n", ")\n"),

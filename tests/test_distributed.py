@@ -12,6 +12,7 @@ import itertools
 import os
 import pickle
 import traceback
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -31,9 +32,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pfml_triton import PFMLLoss, distributed, module, operators, torch_backend
 from pfml_triton.distributed import ShardedPFMLLoss
+from pfml_triton.metric_learning import CrossBatchMemory
 from tests import interpreter  # noqa: F401  # in the processes as well
 
 C, M, D, B = 5, 2, 7, 12
@@ -48,6 +51,7 @@ class World:
     rank: int
     size: int
     folder: Path
+    thorough: bool = False
     met: int = 0  # times
 
     def meet(self) -> None:
@@ -516,6 +520,138 @@ def one_rank_fails_anywhere(world: World) -> None:
         assert loss.proxies.grad.isfinite().all()
 
 
+def whatever_the_error_says(world: World) -> None:
+    """Text that is no UTF-8, and none at all."""
+
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("no words")
+
+    many, _ = world.pair()
+    x, labels = batch()
+    for error, says in ((OSError("\udcff file"), "OSError: . file"), (Mute(), "Mute")):
+        failing = mock.patch.object(distributed, "_packed", side_effect=error)
+        with failing if world.is_last else nullcontext(), pytest.raises(Exception) as caught:  # noqa: PT011
+            many(x, labels)
+        if world.is_last:
+            assert caught.value is error
+        else:
+            assert caught.match(
+                f"rank {world.size - 1} of {world.size} failed, and so do all: {says}"
+            )
+
+
+def one_rank_has_something_else(world: World) -> None:
+    """A copy of the loss, a memory bank, or what raises an error late."""
+    x, labels = batch()
+    x, labels = x[world.share()].clone().requires_grad_(), labels[world.share()]
+    many, _ = world.pair()
+    many(x, labels)
+    loss = copy.deepcopy(many) if world.is_last else many  # which has gathered nothing yet
+    assert torch.equal(loss(x, labels), many(x, labels))
+
+    def expanded() -> None:
+        loss = ShardedPFMLLoss(C, D, 1, **SETTINGS)
+        if world.is_last:
+            loss.proxies = nn.Parameter(torch.ones(1, 1, 1).expand(C, 1, D))
+        loss(x, labels)
+
+    def warned() -> None:
+        loss = ShardedPFMLLoss(C, D, M, **SETTINGS)
+        if world.is_last:
+            loss._unmoved, loss._bits = (3 * module._PATIENCE, loss.proxies._version), True
+        with warnings.catch_warnings():
+            warnings.simplefilter("error" if world.is_last else "ignore")
+            loss(x, labels)
+
+    def hooked() -> None:
+        def packed(t: Tensor) -> Tensor:
+            if world.is_last:
+                raise RuntimeError("no room")
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(packed, lambda t: t):
+            many(x, labels)
+
+    def remembered() -> None:
+        memory = CrossBatchMemory(many, D, 12)
+        rows = torch.arange(13 if world.is_last else 3) % C
+        memory(torch.randn(len(rows), D), rows)
+
+    def many_gradients() -> None:
+        value = many(x, labels)
+        batched, count = world.is_last, torch.ones(2)
+        torch.autograd.grad(
+            value, many.proxies, count if batched else None, is_grads_batched=batched
+        )
+
+    for call, says in (
+        (expanded, "more than one element"), (warned, "have not changed in 300 training calls"),
+        (hooked, "no room"), (remembered, "memory_size must be at least the rows of a batch"),
+        (many_gradients, "atching rule|no batches of gradients"),
+    ):  # fmt: skip
+        all_in_error(world, call, says, call)
+        assert many(x, labels).isfinite()
+
+
+class FailsAt(TorchDispatchMode):
+    """An error at one of the operations of a step, but for those of an agreement."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.left, self.is_agreeing = at, False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.is_agreeing and not func.name().startswith(("c10d", "_c10d")):
+            self.left -= 1
+            if self.left == 0:
+                raise ValueError(f"at {func.name()}")
+        return func(*args, **kwargs or {})
+
+
+def an_operation_that_fails(world: World) -> None:
+    """Any of those of a step, at first, when memory for more points is wanted, and later."""
+    x, labels = batch(depth=70)
+    x, labels = x[world.share()].clone().requires_grad_(), labels[world.share()]
+    bank, agree = x.detach() + 0.1, distributed.Ranks._agree
+
+    def step(loss: ShardedPFMLLoss) -> None:
+        loss(x, labels, None, bank, labels).backward()
+
+    every, at = (1 if world.thorough else 41), 1
+    for warm in (0, 1):
+        at, is_through = 1, False
+        while not is_through:
+            loss = ShardedPFMLLoss(C, 70, M, **SETTINGS)
+            for _ in range(warm):
+                step(loss)
+            mode = FailsAt(at)
+
+            def agreed(ranks: Any, *args: Any) -> Any:
+                mode.is_agreeing = True  # noqa: B023
+                try:
+                    return agree(ranks, *args)
+                finally:
+                    mode.is_agreeing = False  # noqa: B023
+
+            found = None
+            with mock.patch.object(distributed.Ranks, "_agree", agreed):
+                try:
+                    with mode if world.is_last else nullcontext():
+                        step(loss)
+                except Exception as error:
+                    found = str(error)
+            through = torch.tensor(int(world.is_last and mode.left > 0))
+            dist.all_reduce(through)
+            is_through = bool(through)
+            assert (found is None) == is_through, found
+            if not is_through:
+                assert "at aten" in found, found
+            loss.zero_grad()
+            step(loss)
+            at += every
+
+
 def ranks_out_of_step(world: World) -> None:
     """A rank that goes on without backward meets the others there."""
     if world.size == 1:
@@ -594,6 +730,8 @@ def proxies_of_rank_0(world: World) -> None:
         lambda: loss.load_state_dict(PFMLLoss(C, D, M).state_dict()),
         lambda: loss.set_num_classes(C + 2, optimizer),
         lambda: loss.set_num_classes(C - 1, optimizer, keep=[2, 6]),
+        lambda: loss.load_state_dict({"proxies": torch.randn(C - 1, M, D)}, strict=False),
+        lambda: assign(loss, optimizer, torch.randn(C + 1, M, D)),
     ):
         changed()
         ours = loss.proxies.detach().clone()
@@ -606,6 +744,38 @@ def proxies_of_rank_0(world: World) -> None:
         optimizer.step()
         same_on_all(world, loss.proxies)
         assert not torch.equal(loss.proxies, every[0])
+
+
+def assign(loss: PFMLLoss, optimizer: torch.optim.Optimizer, proxies: Tensor) -> None:
+    loss.num_classes, loss.proxies = len(proxies), nn.Parameter(proxies)
+    optimizer.state.clear()
+    optimizer.param_groups[0]["params"] = [loss.proxies]
+
+
+def proxies_that_cannot_be_written(world: World) -> None:
+    """Of fully_shard with replicas, or of a parametrization: they have to be equal."""
+    if world.size == 1:
+        return
+    x, labels = batch()
+
+    def replicated(loss: PFMLLoss) -> None:
+        fully_shard(loss, mesh=init_device_mesh("cpu", (world.size, 1), mesh_dim_names=("r", "s")))
+
+    def parametrized(loss: PFMLLoss) -> None:
+        nn.utils.parametrize.register_parametrization(loss, "proxies", nn.Identity())
+
+    for wrapped in (replicated, parametrized):
+        for differ in (True, False):
+            torch.manual_seed(world.rank if differ else 0)
+            loss, one = world.pair()
+            wrapped(loss)
+            if wrapped is parametrized:
+                wrapped(one)
+            if differ:
+                with pytest.raises(Exception, match="must be equal on all ranks, got others on"):
+                    loss(x[world.share()], labels[world.share()])
+            else:
+                near(loss(x[world.share()], labels[world.share()]), one(x, labels))
 
 
 def built_before_there_is_a_group(world: World) -> None:
@@ -745,16 +915,18 @@ CHECKS: tuple[Callable[[World], None], ...] = (
     a_loss_under_fsdp2, memory_bank, the_sketch_turns_alike, no_batch_at_all,
     dtypes_that_differ, compiled_around, no_proxies, nan_everywhere,
     a_wrong_label_shows_everywhere, one_rank_in_error, one_rank_fails_anywhere,
-    ranks_out_of_step, tensors_of_any_layout, losses_that_differ, dtensors_are_refused,
-    proxies_of_rank_0, groups_of_some_ranks, no_backend_for_the_cpu, state, state_of_others,
-    from_one_process_and_back, casts_and_moves, built_before_there_is_a_group,
+    whatever_the_error_says, one_rank_has_something_else, an_operation_that_fails,
+    proxies_that_cannot_be_written, ranks_out_of_step, tensors_of_any_layout,
+    losses_that_differ, dtensors_are_refused, proxies_of_rank_0, groups_of_some_ranks,
+    no_backend_for_the_cpu, state, state_of_others, from_one_process_and_back, casts_and_moves,
+    built_before_there_is_a_group,
 )  # fmt: skip
 
 
-def work(rank: int, size: int, folder: Path) -> None:
+def work(rank: int, size: int, folder: Path, thorough: bool) -> None:
     """All checks, on one rank; what fails is written down."""
     torch.set_num_threads(1)
-    world, failures = World(rank, size, folder), {}
+    world, failures = World(rank, size, folder, thorough), {}
     world.meet()
     for check in CHECKS:
         torch.manual_seed(0)
@@ -769,9 +941,9 @@ def work(rank: int, size: int, folder: Path) -> None:
     os._exit(0)  # a thread of gloo that has not ended aborts a process that does, now and then
 
 
-def failures_of(size: int, folder: Path) -> str:
+def failures_of(size: int, folder: Path, thorough: bool) -> str:
     """What fails on that many ranks, or nothing."""
-    context = torch.multiprocessing.spawn(work, (size, folder), size, join=False)
+    context = torch.multiprocessing.spawn(work, (size, folder, thorough), size, join=False)
     try:
         while not context.join(timeout=1):
             pass
@@ -796,4 +968,4 @@ def test_what_is_no_group(group: Any) -> None:
 def test_ranks(sizes: tuple[int, ...], tmp_path: Path) -> None:
     """The first save a state, which the others read."""
     for size in sizes:
-        assert not (failures := failures_of(size, tmp_path)), failures
+        assert not (failures := failures_of(size, tmp_path, sizes[0] == 3)), failures
