@@ -169,7 +169,7 @@ class CrossBatchMemory(losses.CrossBatchMemory):  # type: ignore[misc]
         _refuse_tuples(indices_tuple)
         labels = _moved(labels, embeddings)
         _check_cloud(embeddings, labels, "embeddings", "labels", "B")
-        device = embeddings.device
+        device, labels = embeddings.device, labels.to(torch.int64)  # as those of the memory
         queued, queued_labels = embeddings, labels
         if enqueue_mask is not None:
             is_mask = isinstance(enqueue_mask, Tensor) and enqueue_mask.dtype == torch.bool

@@ -224,6 +224,30 @@ def test_what_is_refused_is_not_memorised() -> None:
     assert same_state(memory.state_dict(), before)
 
 
+def test_a_refused_call_of_another_dtype_rounds_nothing() -> None:
+    memory = CrossBatchMemory(PFMLLoss(C, D, M).eval(), D, B)
+    x, labels = batch()
+    memory(x, labels)
+    before = clone(memory)
+    with pytest.raises(ValueError, match="labels must be in"):
+        memory(x.bfloat16(), labels + C)
+    assert same_state(memory.state_dict(), before)
+    for mask in ([True] * B, "yes"):
+        with pytest.raises(ValueError, match=r"enqueue_mask must be \[B\] bool .* got (list|str)"):
+            memory(x, labels, enqueue_mask=mask)
+
+
+def test_labels_of_narrower_dtypes_leave_the_others_alone() -> None:
+    loss = PFMLLoss(400, D, 1)
+    memory = CrossBatchMemory(loss, D, 20)
+    x, _ = batch()
+    memory(x[:4], torch.arange(300, 304))
+    value = memory(x[4:8], torch.arange(4, dtype=torch.uint8))
+    expected = loss(x[4:8], torch.arange(4), None, x[:4], torch.arange(300, 304))
+    assert torch.equal(value, expected)
+    assert memory.label_memory[:8].tolist() == [300, 301, 302, 303, 0, 1, 2, 3]
+
+
 def test_nothing_to_memorise() -> None:
     """An empty queue that gets nothing is not a full one."""
     memory = CrossBatchMemory(PFMLLoss(C, D, M), D, 20)
