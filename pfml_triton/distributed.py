@@ -265,7 +265,8 @@ class ShardedPFMLLoss(PFMLLoss):
     @property
     def _are_written(self) -> bool:
         """Can the proxies be written to? Not where they are made anew for every call."""
-        return "proxies" in self._parameters and not self._is_managed
+        own = self._parameters.get("proxies")
+        return isinstance(own, torch.nn.Parameter) and not self._is_managed
 
     def _proxies_to_send(self) -> Tensor:
         proxies = self.proxies.detach()

@@ -248,7 +248,9 @@ class PFMLLoss(nn.Module):
         proxies, (calls, version) = self.proxies, self._unmoved
         if not (proxies.requires_grad and torch.is_grad_enabled()) or proxies.numel() == 0:
             return
-        if is_transformed() or is_dry_run() or proxies.is_meta or "proxies" not in self._parameters:
+        if is_transformed() or is_dry_run() or proxies.is_meta:
+            return
+        if not isinstance(self._parameters.get("proxies"), nn.Parameter):  # made for every call
             return
         if proxies.is_cuda and torch.cuda.is_current_stream_capturing():
             return
