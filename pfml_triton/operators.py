@@ -61,6 +61,10 @@ def is_dry_run() -> bool:
     return is_traced() and not torch.compiler.is_compiling()
 
 
+def _has_no_values(x: Tensor) -> bool:
+    return x.is_meta
+
+
 class PotentialEnergy(torch.autograd.Function):
     """The value of the loss and its `TOTALS`; then what backward needs, None if it does not.
 
@@ -485,7 +489,7 @@ def _registered(function: Any) -> Callable[..., Any]:
     plain: Any = type(function.__name__, (torch.autograd.Function,), members)
 
     def call(*args: Any) -> Any:
-        if is_traced() or args[0].is_meta:
+        if is_traced() or _has_no_values(args[0]):
             return operator(*args)
         if is_transformed():
             return function.apply(*args)
