@@ -171,7 +171,6 @@ class ShardedPFMLLoss(PFMLLoss):
                     "ref_emb receives no force from a ShardedPFMLLoss, got one that requires a "
                     "gradient: pass ref_emb.detach()"
                 )
-            settings = self._common(embeddings)
             real = torch.promote_types(embeddings.dtype, torch.float32)
             own = _packed(embeddings, labels, ref_emb, ref_labels, real)
             room = ranks.room(own, ranks.longest)

@@ -115,10 +115,10 @@ class PFMLLoss(nn.Module):
             waits for the device. Wrappers have the loss as their `module`.
         potential: the `Potential`.
         proxies: nn.Parameter [C, M, D] float32, drawn from a normal distribution scaled to about
-            unit length. They want a learning rate of their own, see `param_groups`, and if they
-            never change, a training warns. `set_num_classes` changes C. Other sizes are assigned
-            together, `proxies` with `num_classes`, `proxies_per_class` and `embedding_size`; those
-            that do not fit each other are an error.
+            unit length. They want a learning rate of their own, see `param_groups`; a training in
+            which they do not change warns after 300 calls. `set_num_classes` changes C. Other sizes
+            are assigned together, `proxies` with `num_classes`, `proxies_per_class` and
+            `embedding_size`; those that do not fit each other are an error.
         sketch_basis: [D, at most 60] bfloat16, that of the pruning, a copy. No parameter or buffer,
             so that no cast or broadcast touches it. One that is assigned has to have that shape;
             whatever it is, the result stays the same, but for the order in which the torch backend
