@@ -61,7 +61,8 @@ def is_dry_run() -> bool:
     return is_traced() and not torch.compiler.is_compiling()
 
 
-def _has_no_values(x: Tensor) -> bool:
+def has_no_values(x: Tensor) -> bool:
+    """Is it on the meta device, where an operator has shapes only?"""
     return x.is_meta
 
 
@@ -489,7 +490,7 @@ def _registered(function: Any) -> Callable[..., Any]:
     plain: Any = type(function.__name__, (torch.autograd.Function,), members)
 
     def call(*args: Any) -> Any:
-        if is_traced() or _has_no_values(args[0]):
+        if is_traced() or has_no_values(args[0]):
             return operator(*args)
         if is_transformed():
             return function.apply(*args)

@@ -17,6 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
+from .. import operators
 from . import launch
 
 _TYPES = {
@@ -131,10 +132,13 @@ def record(run: Callable[[Launch], None] | None = None) -> Iterator[list[Launch]
     """
     launches: list[Launch] = []
     kernels = {name: value for name, value in vars(launch).items() if name.endswith("_kernel")}
+    has_no_values = operators.has_no_values
+    operators.has_no_values = lambda x: False  # or a call would stop at its operator
     try:
         for name, kernel in kernels.items():
             setattr(launch, name, _Recorder(kernel, launches, run))
         yield launches
     finally:
+        operators.has_no_values = has_no_values
         for name, kernel in kernels.items():
             setattr(launch, name, kernel)
