@@ -310,11 +310,12 @@ class PFMLLoss(nn.Module):
                 "fully_shard was applied to, or apply it to the loss"
             )
         sizes = (self.num_classes, self.proxies_per_class, self.embedding_size)
-        if self.proxies.shape != sizes:
+        if self.proxies is None or self.proxies.shape != sizes:
+            got = None if self.proxies is None else list(self.proxies.shape)
             raise ValueError(
                 "proxies must be [num_classes, proxies_per_class, embedding_size] = "
-                f"{list(sizes)}, got {list(self.proxies.shape)}: set_num_classes changes the first "
-                "of them, and all are assigned together with a parameter of that shape"
+                f"{list(sizes)}, got {got}: set_num_classes changes the first of them, and all are "
+                "assigned together with a parameter of that shape"
             )
 
     def _check_place(self, embeddings: Tensor) -> None:

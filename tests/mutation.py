@@ -337,7 +337,7 @@ FAULTS: dict[str, list[tuple[str, str]]] = {
         ("[:, None].repeat(1, shape[1])", ".repeat(shape[1]).view(shape)"),
         ("labels.shape != shape or labels.device", "labels.device"),
         ("if not is_traced():  # a graph", "if True:  # a graph"),
-        ("if self.proxies.shape != sizes:", "if False:"),
+        ("if self.proxies is None or self.proxies.shape != sizes:", "if False:"),
         ('if type(self.proxies).__name__ == "DTensor":', "if False:"),
         ("if self._basis.shape[0] != self.embedding_size:", "if False:"),
         ("ours.copy_(sound_basis(", "self._basis = (sound_basis("),

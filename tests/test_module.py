@@ -440,6 +440,9 @@ def test_sizes_that_do_not_fit_are_refused(name: str) -> None:
             setattr(other, name, getattr(other, name) + change)
         with pytest.raises(ValueError, match=r"proxies must be \[num_classes, .* got \["):
             other(EMBEDDINGS, LABELS)
+    loss.proxies = None
+    with pytest.raises(ValueError, match=r"proxies must be \[num_classes, .* got None"):
+        loss(EMBEDDINGS, LABELS)
 
 
 def test_a_batch_that_is_not_finite_leaves_the_sketch_alone() -> None:
