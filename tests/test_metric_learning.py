@@ -395,34 +395,24 @@ def one_rank(rank: int, world: int, folder: Path) -> None:
     os._exit(0)  # a thread of gloo that has not ended aborts a process that does, now and then
 
 
-@pytest.fixture(scope="session", params=[2, pytest.param(3, marks=pytest.mark.slow)])
-def ranks(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, loopback: None
-) -> list[dict[str, dict[str, torch.Tensor]]]:
-    """What every rank of a run found."""
-    world, folder = request.param, tmp_path_factory.mktemp("ranks")
-    run = torch.multiprocessing.spawn(one_rank, (world, folder), nprocs=world, join=False)
+@pytest.mark.usefixtures("loopback")
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_many_processes_are_one(world: int, tmp_path: Path) -> None:
+    """The network's gradient; the proxies' is that as often as there are ranks."""
+    run = torch.multiprocessing.spawn(one_rank, (world, tmp_path), nprocs=world, join=False)
     try:
         while not run.join(timeout=1):
             pass
     finally:
         for process in run.processes:
             process.kill()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
-
-
-@pytest.mark.xdist_group("ranks of metric learning")  # they are started once
-@pytest.mark.parametrize("case", CASES)
-def test_many_processes_are_one(ranks: list[dict[str, Any]], case: str) -> None:
-    """The network's gradient; the proxies' is that as often as there are ranks."""
-    world = len(ranks)
-    true = gradients(case, world, None)
-    for found in ranks:
-        for name, factor, tolerance in (("network", 1, 1e-11), ("proxies", world, 1e-6)):
-            expected = factor * true[name]
-            error = (found[case][name] - expected).abs().max() / expected.abs().max()
-            assert error < tolerance, name
-    if case in WRAPPED:
-        assert all(
-            torch.equal(found[case]["proxies"], ranks[0][case]["proxies"]) for found in ranks
-        )
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
+    for case in CASES:
+        true = gradients(case, world, None)
+        for found in ranks:
+            for name, factor, tolerance in (("network", 1, 1e-11), ("proxies", world, 1e-6)):
+                expected = factor * true[name]
+                error = (found[case][name] - expected).abs().max() / expected.abs().max()
+                assert error < tolerance, (case, name)
+            if case in WRAPPED:
+                assert torch.equal(found[case]["proxies"], ranks[0][case]["proxies"]), case
