@@ -57,7 +57,6 @@ def _total_kernel(
     repelling = tl.zeros((BLOCK,), tl.int64)
     own_class = tl.zeros((BLOCK,), tl.int64)
     nothing = tl.zeros((BLOCK,), tl.float64)
-    outside = tl.zeros((BLOCK,), tl.int32)
     nearest = tl.full((BLOCK,), float("inf"), nearest_ptr.dtype.element_ty)
     for first in tl.range(0, N, BLOCK, num_stages=3):
         row, there = first + i, first + i < N
@@ -71,12 +70,15 @@ def _total_kernel(
         near = tl.load(nearest_ptr + row, mask=there, other=float("inf"))
         nearest = tl.minimum(nearest, near)
         nothing += _nothing(tl.load(x_sq_norm_ptr + row, mask=there, other=0.0))
-        label = tl.load(label_ptr + row, mask=row < B, other=0)
-        outside += ((row < B) & ((label < 0) | (label >= classes))).to(tl.int32)
     if OTHERS:
         for first in range(0, M, BLOCK):
             row = first + i
             nothing += _nothing(tl.load(y_sq_norm_ptr + row, mask=row < M, other=0.0))
+    outside = tl.zeros((BLOCK,), tl.int32)
+    for first in range(0, B, BLOCK):  # in the loop above, it would spill on sm_86 and sm_89
+        row = first + i
+        label = tl.load(label_ptr + row, mask=row < B, other=0)
+        outside += ((row < B) & ((label < 0) | (label >= classes))).to(tl.int32)
     active = tl.zeros((BLOCK,), tl.int64)
     for first in range(0, tiles_x, BLOCK):
         active += tl.load(active_ptr + first + i, mask=first + i < tiles_x, other=0)
