@@ -357,7 +357,7 @@ FAULTS: dict[str, list[tuple[str, str]]] = {
         ("self._calls.copy_(state[:8]", "torch.zeros(()).copy_(state[:8]"),
         (".clamp_min(0))\n", ")\n"),
         ("self.sketch_basis = state[8:]", "_ = state[8:]"),
-        ('own |= {"_basis": None, "_calls": None}', "pass"),
+        ('own["_sent"] = bytes(self.get_extra_state().tolist())', "pass"),
         ('"_unmoved": (0, -1)}', "}"),
         ("self._unmoved = 0, -1  # for", "pass  # for"),
         ("if is_transformed() or is_dry_run() or proxies.is_meta:", "if False:"),
