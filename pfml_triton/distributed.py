@@ -128,7 +128,7 @@ class ShardedPFMLLoss(PFMLLoss):
         group = dist.group.WORLD
         assert group is not None
         if self._ranks is None or self._ranks.group is not group:
-            self._ranks, self._is_new = Ranks(group), True
+            self._ranks = Ranks(group)
         return self._ranks
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # sizes are known when they come

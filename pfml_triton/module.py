@@ -356,7 +356,7 @@ class PFMLLoss(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """For copies. torch.multiprocessing would have processes share tensors, and these are
         written in place: so they go as bytes."""
-        own: dict[str, Any] = {"_proxy_labels": None, "_bits": None, "_unmoved": (0, -1)}
+        own: dict[str, Any] = {"_proxy_labels": None, "_bits": None}
         if not is_dry_run():  # which has no bytes
             own |= {"_basis": None, "_calls": None}
             own["_sent"] = bytes(self.get_extra_state().tolist())

@@ -184,10 +184,9 @@ FAULTS: dict[str, list[tuple[str, str]]] = {
         ("total += tl.load(before_ptr + 5)", "total += 0"),
         ("none += tl.load(before_ptr + 6)", "none += 0"),
         ("(total + none)", "total"),
-        ("(row < B) & ((label", "((label"),
         ("(label < 0) | (label >= classes)", "label >= classes"),
         ("(label < 0) | (label >= classes)", "(label < 0) | (label > classes)"),
-        ("outside += ((row", "outside = ((row"),
+        ("outside += ((label", "outside = ((label"),
         ('tl.where(wrong > 0, float("nan"), 0.0)', "0.0"),
         ("out_of_range += tl.load(before_ptr + 8)", "out_of_range += 0"),
         ("total = total / tl.cast(pairs, tl.float64)", "total = total / 1.0"),
@@ -358,7 +357,6 @@ FAULTS: dict[str, list[tuple[str, str]]] = {
         (".clamp_min(0))\n", ")\n"),
         ("self.sketch_basis = state[8:]", "_ = state[8:]"),
         ('own["_sent"] = bytes(self.get_extra_state().tolist())', "pass"),
-        ('"_unmoved": (0, -1)}', "}"),
         ("self._unmoved = 0, -1  # for", "pass  # for"),
         ("if is_transformed() or is_dry_run() or proxies.is_meta:", "if False:"),
         ("if isinstance(optimizer, torch.optim.LBFGS):", "if False:"),
@@ -374,7 +372,6 @@ FAULTS: dict[str, list[tuple[str, str]]] = {
     ],
     "distributed.py": [
         ("if any(news):", "if False:"),
-        ("self._ranks, self._is_new = Ranks(group), True", "self._ranks = Ranks(group)"),
         ("self._is_new |= not self._is_managed", "pass"),
         (
             "super()._load_from_state_dict(*args)\n        self._is_new = True",

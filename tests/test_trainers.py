@@ -291,6 +291,7 @@ def test_calls_under_torch_func_are_not_watched() -> None:
             torch.func.vmap(torch.func.grad(of))(stacked)
         for _ in range(3 * module._PATIENCE + 2):
             torch.func.grad(of)(dict(losses[0].named_parameters()))
+            torch.func.grad(lambda x: losses[1](x, labels))(x)
     for twin in (copy.deepcopy(losses[0]), pickle.loads(pickle.dumps(losses[0]))):
         assert twin.training_calls == losses[0].training_calls > 400
 

@@ -78,7 +78,7 @@ def _total_kernel(
     for first in range(0, B, BLOCK):  # in the loop above, it would spill on sm_86 and sm_89
         row = first + i
         label = tl.load(label_ptr + row, mask=row < B, other=0)
-        outside += ((row < B) & ((label < 0) | (label >= classes))).to(tl.int32)
+        outside += ((label < 0) | (label >= classes)).to(tl.int32)
     active = tl.zeros((BLOCK,), tl.int64)
     for first in range(0, tiles_x, BLOCK):
         active += tl.load(active_ptr + first + i, mask=first + i < tiles_x, other=0)
