@@ -318,7 +318,7 @@ class Ranks:
     def share(self, classes: int) -> slice:
         """The classes whose proxies' rows this rank has: ceil(C / W) in turn, the last fewer."""
         most = -(-classes // self.size)
-        return slice(min(self.rank * most, classes), min((self.rank + 1) * most, classes))
+        return slice(self.rank * most, (self.rank + 1) * most)
 
     @contextmanager
     def agreement(self, place: int) -> Iterator[list[Any]]:

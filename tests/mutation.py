@@ -383,7 +383,6 @@ FAULTS: dict[str, list[tuple[str, str]]] = {
         ("torch.cat([*of_points, of_proxies])", "torch.cat([of_proxies, *of_points])"),
         ("max(n * (n - 1 + len(sources)), 1)", "max(n * (n + len(sources)), 1)"),
         ("if gets_gradient(ref_emb):", "if False:"),
-        ("min((self.rank + 1) * most, classes)", "(self.rank + 1) * most"),
         (
             "most = -(-classes // self.size)\n        return",
             "most = classes // self.size\n        return",
