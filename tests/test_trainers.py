@@ -453,7 +453,7 @@ def test_safetensors(tmp_path: Path) -> None:
 
 
 def test_float16_with_a_default_scaler() -> None:
-    """The sum makes gradients up to 65,504 / 32: a default GradScaler skips steps, then trains."""
+    """The gradients of the sum are large: it skips its first steps, then trains."""
     torch.manual_seed(0)
     net, loss = nn.Linear(64, 64), PFMLLoss(100, 64, 15)
     optimizer = torch.optim.Adam([{"params": net.parameters()}, *loss.param_groups(1e-4)], lr=1e-3)
