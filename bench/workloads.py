@@ -201,10 +201,11 @@ def _plan(kernel: Kernel, work: Work) -> list[Part]:
 
 def _total(kernel: Kernel, work: Work) -> list[Part]:
     a, code = kernel.args, kernel.code
-    rows, tiles = code.root.inner  # of a mutual field
+    rows, labels, tiles = code.root.inner  # of a mutual field
     return [
         _around(kernel),
         Part("points", code.own(rows), math.ceil(a["N"] / a["BLOCK"])),
+        Part("labels", code.own(labels), math.ceil(a["B"] / a["BLOCK"])),
         Part("tiles", code.own(tiles), math.ceil(a["tiles_x"] / a["BLOCK"])),
     ]
 
