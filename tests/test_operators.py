@@ -173,9 +173,9 @@ def test_compile_of_the_module(validate: bool, dynamic: bool) -> None:
 
 
 @pytest.mark.slow
-def test_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Its cache on disk knows nothing of what an operator returned in another version.
-    monkeypatch.setattr(torch.compiler.config, "force_disable_caches", True)
+# Its cache on disk knows nothing of what an operator returned in another version.
+@torch.compiler.config.patch(force_disable_caches=True)
+def test_inductor() -> None:
     torch._dynamo.reset()
     torch.manual_seed(1)
     eager = PFMLLoss(4, 70, 2, delta=0.9, delta_rep=1.3)
