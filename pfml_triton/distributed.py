@@ -418,9 +418,7 @@ class _Rows(torch.autograd.Function):
         ctx: Any, step: _Step, points: Tensor, labels: Tensor, proxies: Tensor, *args: Any
     ) -> tuple[Tensor | None, ...]:
         ctx.step, ctx.classes = step, len(proxies)
-        with torch.enable_grad():  # or a second derivative would be wrong without a word
-            part = proxies[step.ranks.share(len(proxies))]
-        inputs = points, labels, part, *args
+        inputs = points, labels, proxies[step.ranks.share(len(proxies))], *args
         outputs = PotentialEnergy.forward(*inputs)
         PotentialEnergy.setup_context(ctx, inputs, outputs)
         return outputs

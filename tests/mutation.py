@@ -409,7 +409,7 @@ FAULTS: dict[str, list[tuple[str, str]]] = {
         ("first * ranks.size", "first"),
         ("            ranks.gather(*rows)\n", "            pass\n"),
         ("second = OnceDifferentiable.apply(second, own)", "pass"),
-        ("with torch.enable_grad():  # or a second", "with torch.no_grad():  # or a second"),
+        ("inputs = points, labels, proxies[", "inputs = points, labels, proxies.detach()["),
         (".clone(memory_format=torch.contiguous_format)", ".contiguous()"),
         ("            self._watch()\n", ""),
         (

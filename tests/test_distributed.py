@@ -912,9 +912,10 @@ def casts_and_moves(world: World) -> None:
     many(x[world.share()], labels[world.share()]).backward()
     many.to("cpu")
     assert many.proxies.grad is not None
-    ours = x[world.share()].requires_grad_()
-    for leaf in (ours, many.proxies):
-        value = many(ours, labels[world.share()])
+    fixed = x[world.share()]
+    ours = fixed.clone().requires_grad_()
+    for given, leaf in ((ours, ours), (ours, many.proxies), (fixed, many.proxies)):
+        value = many(given, labels[world.share()])
         (grad,) = torch.autograd.grad(value, leaf, create_graph=True)
         with pytest.raises(RuntimeError, match="differentiable once"):
             (grad.sum() + leaf.sum()).backward()
