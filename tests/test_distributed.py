@@ -629,7 +629,7 @@ def an_operation_that_fails(world: World) -> None:
     def step(loss: ShardedPFMLLoss) -> None:
         loss(x, labels, None, bank, labels).backward()
 
-    every, at = (1 if world.thorough else 101), 1
+    every = 1 if world.thorough else 101
     for warm in (0, 1):
         at, is_through = 1, False
         while not is_through:
